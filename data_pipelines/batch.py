@@ -80,6 +80,14 @@ class Pipeline(abc.ABC):
         """Short hash of what is read and how (sizes and names, not contents): hosts and resumed
         runs compare it."""
 
+    def constants(self) -> dict[str, np.ndarray]:
+        """Arrays that come from the data but live among the parameters, by path ("graph/hashes").
+
+        A fresh run puts them in place of what `System.init` made there (shapes must agree); a
+        resumed or imported run keeps those of the checkpoint. Label them "frozen".
+        """
+        return {}
+
     def describe(self) -> dict[str, Any]:
         """Facts for `jaxmods describe`: source, number of records, texts, sizes."""
         return {}
