@@ -35,12 +35,16 @@ class BatchInfo:
       quarantined: records met while filling the batch that could not be used.
       cut: what static shapes cut off, by name ("boxes", "hard_boxes", "short_tokens", ...).
       seen: records looked at, usable or not.
+      repaired: parts of usable records that were dropped or mended, by reason ("box_outside": that
+        box was left out, "box_clipped": it was clipped to the image, "empty_caption": one of
+        several captions was left out, ...).
     """
 
     record_ids: tuple[str, ...] = ()
     quarantined: tuple[Quarantined, ...] = ()
     cut: dict[str, int] = dataclasses.field(default_factory=dict)
     seen: int = 0
+    repaired: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,7 +64,7 @@ class BadRecordError(ValueError):
 
     Known reasons: missing_file, truncated_image, undecodable_image, image_too_small,
     image_too_large, invalid_utf8, empty_caption, caption_too_long, box_nan, box_inverted,
-    box_outside, malformed_record.
+    box_empty, box_outside, malformed_record.
     """
 
     def __init__(self, reason: str, detail: str) -> None:

@@ -79,14 +79,34 @@ class MeshShape:
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with axes `MESH_AXES` over `devices` (default: all)."""
+    """A mesh with axes `MESH_AXES` over `devices` (default: all).
+
+    Over several slices, "data" is the axis between them: only gradients cross the network.
+
+    Raises:
+      ValueError: sizes that do not fit the devices, or "data" not a multiple of the slices.
+    """
     devices = list(jax.devices() if devices is None else devices)
     sizes = shape.resolve(len(devices))
+    slices = len({getattr(d, "slice_index", 0) or 0 for d in devices})
     if devices[0].platform == "cpu":
         grid = np.asarray(devices).reshape(sizes)
-    else:
-        from jax.experimental import mesh_utils
+        return Mesh(grid, MESH_AXES)
+    from jax.experimental import mesh_utils
 
+    if slices > 1:
+        if sizes[0] % slices:
+            raise ValueError(
+                f"mesh: expected data to be a multiple of the {slices} slices, found {sizes[0]}; "
+                f"set mesh.data to {slices}, or to -1 with a smaller fsdp"
+            )
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (sizes[0] // slices, *sizes[1:]),
+            (slices, 1, 1, 1),
+            devices,
+            allow_split_physical_axes=True,
+        )
+    else:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES)
 
@@ -168,6 +188,11 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     if mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, sharding_for(x.shape, axes, mesh, rules))
+
+
+def active() -> tuple[Mesh, Rules] | None:
+    """Mesh and rules of the enclosing `use_mesh`; None outside one."""
+    return _ACTIVE
 
 
 class use_mesh:

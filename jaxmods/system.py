@@ -20,7 +20,7 @@ import abc
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +103,13 @@ class NamedLoss:
 
 @dataclasses.dataclass(frozen=True)
 class System(abc.ABC):
-    """A published system: its sizes and options as fields, its mathematics as pure methods."""
+    """A published system: its sizes and options as fields, its mathematics as pure methods.
+
+    `batch_negatives` is True where an example's loss depends on the other examples of the batch:
+    such a loss over micro-batches is another loss, so the loop refuses to accumulate it.
+    """
+
+    batch_negatives: ClassVar[bool] = False
 
     @abc.abstractmethod
     def batch_spec(self, global_batch: int) -> dict[str, ArraySpec]:
@@ -128,7 +134,7 @@ class System(abc.ABC):
 
     def decay(self, params: Params) -> dict[str, Any]:
         """Tree like `params` of bools: whether weight decay applies (default: matrices only)."""
-        return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
+        return jax.tree.map(lambda p: len(p.shape) > 1, params)
 
     @abc.abstractmethod
     def loss(

@@ -82,19 +82,30 @@ class Checkpointing:
       every: steps between checkpoints (the last step is always saved).
       keep: newest checkpoints kept. keep_period: those at its multiples are kept for good.
       keep_best: metric name (`protocol/metric`) whose best checkpoint is kept as well.
+      best: whether the best value of `keep_best` is the largest or the smallest.
     """
 
     every: int = 1000
     keep: int = 3
     keep_period: int | None = None
     keep_best: str | None = None
+    best: Literal["max", "min"] = "max"
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Protocols run every `every` steps (0: only at the end) and by `jaxmods eval`."""
+    """Protocols run every `every` steps (0: only at the end) and by `jaxmods eval`.
+
+    Attributes:
+      every: steps between evaluations; the last step is always evaluated.
+      at_start: evaluate before the first step too, so that learning shows against its beginning.
+      batch_size: rows per call of a system's function; shorter calls are padded to it.
+      protocols: what is run, in order.
+    """
 
     every: int = 0
+    at_start: bool = False
+    batch_size: int = 64
     protocols: tuple[Protocol, ...] = ()
 
 
@@ -123,7 +134,7 @@ class Experiment:
     batch_size: int
     seed: int = 0
     optim: Optim = Optim()
-    mesh: MeshShape = MeshShape()
+    mesh: MeshShape = MeshShape()  # noqa: RUF009 - frozen, so one instance serves all
     rules: Rules = DEFAULT_RULES
     precision: Precision = Precision()
     checkpoint: Checkpointing = Checkpointing()

@@ -1,0 +1,31 @@
+"""Evaluation by named protocol: published ones by name, and generic ones over any source."""
+
+from data_pipelines.protocols.base import (
+    EvalResult,
+    Functions,
+    IncomparableError,
+    Metric,
+    Panel,
+    Protocol,
+)
+from data_pipelines.protocols.captions import SourceRetrieval
+from data_pipelines.protocols.classes import SourceBoxClassification, SourceClassification
+from data_pipelines.protocols.negatives import SourceHardNegatives
+from data_pipelines.protocols.published import PROTOCOLS, PublishedProtocol
+from data_pipelines.protocols.regions import RegionRetrieval
+
+__all__ = [
+    "PROTOCOLS",
+    "EvalResult",
+    "Functions",
+    "IncomparableError",
+    "Metric",
+    "Panel",
+    "Protocol",
+    "PublishedProtocol",
+    "RegionRetrieval",
+    "SourceBoxClassification",
+    "SourceClassification",
+    "SourceHardNegatives",
+    "SourceRetrieval",
+]

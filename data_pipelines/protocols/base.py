@@ -83,6 +83,7 @@ class Protocol(abc.ABC):
 
     def check(self) -> None:
         """Raise IncomparableError when the settings break the protocol."""
+        return None
 
     @abc.abstractmethod
     def run(self, functions: Functions, *, panels: bool = False) -> EvalResult:

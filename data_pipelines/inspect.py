@@ -1,0 +1,270 @@
+"""Look at the data before training: pictures with their boxes drawn back, and honest counts.
+
+`inspect_pipeline` reads a spread of records the way training would, writes `samples.png` and a
+stand-alone `index.html`, and returns what it counted.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import html
+import json
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from data_pipelines.batch import DataError, Pipeline
+from data_pipelines.image_text import ImageTextPipeline
+from data_pipelines.images import decode_rgb
+from data_pipelines.protocols.drawing import BOX_COLORS, MUTED, Sheet, fit
+from data_pipelines.records import BadRecordError, ImageTextRecord
+from data_pipelines.sources.base import Source
+from data_pipelines.sources.record_codec import embed_image
+from data_pipelines.validation import CheckedRecord, check_record
+
+_CELL, _PICTURE, _COLUMNS, _LINES = 250, 234, 4, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class _Look:
+    """One record as training would see it, or why it would not."""
+
+    index: int
+    checked: CheckedRecord | None = None
+    size: tuple[int, int] = (0, 0)
+    picture_hash: bytes = b""
+    bad: BadRecordError | None = None
+    record_id: str = ""
+
+
+def inspect_pipeline(
+    pipeline: Pipeline, out_dir: Path, samples: int = 16, scan: int = 2000
+) -> dict[str, Any]:
+    """Draw `samples` records and count over `scan` records of each source, spread evenly.
+
+    Writes `samples.png` and `index.html` into `out_dir` (made if absent).
+
+    Returns:
+      JSON-able facts: "files", and per source "records" and what opening it found, "looked_at",
+      "damaged" by reason with examples, "repaired", "captions" (lengths in tokens against the
+      context, tokens cut), "boxes" (per record, with negatives, over the slots), "pictures"
+      (sizes, smaller than the model's input), "duplicates" (same picture; same short caption).
+
+    Raises:
+      DataError: a source cannot be opened or has no usable record.
+      ValueError: the pipeline is of a kind that cannot be drawn.
+    """
+    if not isinstance(pipeline, ImageTextPipeline):
+        raise ValueError(
+            f"data inspect: expected an ImageTextPipeline, found {type(pipeline).__name__}"
+        )
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    facts: dict[str, Any] = {"sources": {}}
+    drawn: list[tuple[Source, int]] = []
+    for source in pipeline.sources:
+        looks = _look_at(pipeline, source, scan)
+        facts["sources"][source.name] = _count(pipeline, source, looks)
+        good = [look.index for look in looks if look.checked is not None]
+        if not good:
+            reasons = facts["sources"][source.name]["damaged"]
+            raise DataError(f"{source.name}: no usable record among {len(looks):,}: {reasons}")
+        share = -(-samples // len(pipeline.sources))
+        picks = np.unique(np.linspace(0, len(good) - 1, min(share, len(good))).astype(int))
+        drawn += [(source, good[int(i)]) for i in picks]
+    sheet = _contact_sheet(pipeline, drawn[:samples])
+    (out_dir / "samples.png").write_bytes(sheet)
+    (out_dir / "index.html").write_text(_page(facts, sheet), "utf-8")
+    facts["files"] = [str(out_dir / "samples.png"), str(out_dir / "index.html")]
+    return facts
+
+
+def _look_at(pipeline: ImageTextPipeline, source: Source, scan: int) -> list[_Look]:
+    picks = np.unique(np.linspace(0, len(source) - 1, min(scan, len(source))).astype(int))
+
+    def look(index: int) -> _Look:
+        try:
+            record = embed_image(source[index])
+            checked = check_record(record, pipeline.limits)
+            size = decode_rgb(record.image, pipeline.limits.image).size
+        except BadRecordError as e:
+            return _Look(index, bad=e, record_id=source.record_id(index))
+        image = record.image
+        data = image if isinstance(image, bytes) else np.asarray(image).tobytes()
+        digest = hashlib.blake2b(data, digest_size=8).digest()
+        light = dataclasses.replace(checked.record, image=b"")
+        return _Look(index, CheckedRecord(light, checked.repaired), size, digest)
+
+    with ThreadPoolExecutor(max(1, pipeline.reading.threads)) as pool:
+        found = pool.map(look, [int(i) for i in picks])
+        return list(tqdm(found, source.name, len(picks), leave=False, unit="record", disable=None))
+
+
+def _count(pipeline: ImageTextPipeline, source: Source, looks: Sequence[_Look]) -> dict[str, Any]:
+    good = [look for look in looks if look.checked is not None]
+    records = [look.checked.record for look in looks if look.checked is not None]
+    damaged: dict[str, dict[str, Any]] = {}
+    repaired: Counter[str] = Counter()
+    for look in looks:
+        if look.bad is not None:
+            entry = damaged.setdefault(
+                look.bad.reason,
+                {"records": 0, "first": f"{look.record_id}: {look.bad.detail}"},
+            )
+            entry["records"] += 1
+        elif look.checked is not None:
+            repaired.update(look.checked.repaired)
+    regions = [len(r.regions) for r in records]
+    shorts = Counter(c for r in records for c in r.short_captions)
+    pictures = Counter(look.picture_hash for look in good)
+    sides = np.array([look.size for look in good]).reshape(-1, 2)
+    per_record = Counter(min(n, pipeline.max_boxes + 1) for n in regions)
+    return {
+        **source.report(),
+        "looked_at": len(looks),
+        "usable": len(good),
+        "damaged": damaged,
+        "repaired": dict(repaired),
+        "captions": _caption_lengths(pipeline, records),
+        "boxes": {
+            "total": sum(regions),
+            "with_negatives": sum(bool(g.negatives) for r in records for g in r.regions),
+            "over_the_slots": sum(max(0, n - pipeline.max_boxes) for n in regions),
+            "records_by_boxes": {
+                (str(n) if n <= pipeline.max_boxes else f">{pipeline.max_boxes}"): per_record[n]
+                for n in sorted(per_record)
+            },
+        },
+        "pictures": {
+            "width": _spread(sides[:, 0]),
+            "height": _spread(sides[:, 1]),
+            "smaller_than_input": int((sides.min(axis=1) < pipeline.image_size).sum())
+            if len(sides)
+            else 0,
+        },
+        "duplicates": {
+            "pictures": sum(n - 1 for n in pictures.values()),
+            "short_captions": sum(n - 1 for n in shorts.values()),
+        },
+    }
+
+
+def _caption_lengths(
+    pipeline: ImageTextPipeline, records: Sequence[ImageTextRecord]
+) -> dict[str, Any]:
+    tokens = pipeline.text_tokenizer.tokens
+    texts = {
+        "short": (
+            [pipeline.short_prefix + c for r in records for c in r.short_captions],
+            pipeline.context_short,
+        ),
+        "long": (
+            [r.long_caption for r in records if r.long_caption is not None],
+            pipeline.context_long,
+        ),
+        "region": (
+            [p for r in records for g in r.regions for p in (g.phrase, g.long_phrase) if p],
+            pipeline.context_short,
+        ),
+    }
+    found = {}
+    for name, (values, context) in texts.items():
+        lengths = np.array([len(tokens(v)) + 2 for v in values], np.int64)
+        over = np.maximum(lengths - context, 0)
+        found[name] = {
+            "texts": len(values),
+            "context": context,
+            "tokens": _spread(lengths),
+            "texts_cut": int((over > 0).sum()),
+            "tokens_cut": int(over.sum()),
+        }
+    return found
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    if not len(values):
+        return {}
+    quantiles = np.percentile(values, (0, 50, 90, 100))
+    return dict(zip(("min", "median", "p90", "max"), (float(q) for q in quantiles), strict=True))
+
+
+def _contact_sheet(pipeline: ImageTextPipeline, drawn: Sequence[tuple[Source, int]]) -> bytes:
+    height = _PICTURE + 16 + 15 * _LINES
+    rows = -(-len(drawn) // _COLUMNS)
+    sheet = Sheet(_COLUMNS * _CELL + 16, rows * height + 16)
+    for n, (source, index) in enumerate(drawn):
+        x, y = 12 + n % _COLUMNS * _CELL, 12 + n // _COLUMNS * height
+        record = source[index]
+        picture = decode_rgb(record.image, pipeline.limits.image)
+        checked = check_record(record, pipeline.limits).record
+        _draw(sheet, x, y, picture, checked, pipeline.max_boxes)
+    return sheet.png()
+
+
+def _draw(
+    sheet: Sheet, x: float, y: float, picture: Image.Image, record: ImageTextRecord, slots: int
+) -> None:
+    """One cell: the picture with numbered boxes (grey beyond the slots), caption and phrases."""
+    width, height = fit(picture, _PICTURE, _PICTURE)
+    sheet.picture(x, y, width, height, picture)
+    colors = [
+        BOX_COLORS[i % len(BOX_COLORS)] if i < slots else MUTED for i in range(len(record.regions))
+    ]
+    for i, region in reversed(list(enumerate(record.regions))):
+        label = str(i + 1) if i < slots else ""
+        sheet.box(x, y, width, height, region.box, colors[i], label)
+    top = y + height + 4
+    caption = record.short_captions[0] if record.short_captions else record.long_caption or ""
+    top += sheet.text(x, top, caption, size=11, width=_PICTURE, max_lines=2)
+    bottom = y + _PICTURE + 15 * _LINES - 10
+    for i, region in enumerate(record.regions):
+        if top > bottom:
+            sheet.text(x, top, f"and {len(record.regions) - i} more", size=10, color=MUTED)
+            return
+        text = f"{i + 1} {region.phrase}"
+        if region.negatives:
+            text += f" / not: {region.negatives[0]}"
+        top += sheet.text(x, top, text, size=10, color=colors[i], width=_PICTURE, max_lines=1)
+
+
+def _page(facts: dict[str, Any], sheet: bytes) -> str:
+    picture = base64.b64encode(sheet).decode()
+    tables = "".join(
+        f"<h2>{html.escape(name)}</h2><table>{_rows(found)}</table>"
+        for name, found in facts["sources"].items()
+    )
+    style = (
+        "body{font:15px/1.5 system-ui,sans-serif;max-width:1040px;margin:2em auto;color:#1c2026}"
+        "td{padding:.2em 1em .2em 0;vertical-align:top}img{max-width:100%}"
+        "code{white-space:pre-wrap;font-size:13px}"
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Data</title>'
+        f"<style>{style}</style><h1>The data as training sees it</h1>"
+        f'<img alt="samples with boxes" src="data:image/png;base64,{picture}">'
+        f"<p>Boxes in grey are beyond the slots of a batch.</p>{tables}</html>\n"
+    )
+
+
+def _rows(found: dict[str, Any]) -> str:
+    return "".join(
+        f"<tr><td>{html.escape(key.replace('_', ' '))}</td>"
+        f"<td><code>{html.escape(_show(value))}</code></td></tr>"
+        for key, value in found.items()
+    )
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, int | float):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return "\n".join(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in value.items())
+    return json.dumps(value, ensure_ascii=False)

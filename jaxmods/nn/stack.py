@@ -1,0 +1,92 @@
+"""Running one block many times over stacked parameters.
+
+The parameters of N equal blocks are one tree with a leading "layers" axis. `run` applies them
+either as a scan (one compiled body, whatever N) or unrolled (a larger program in which the
+compiler sees every layer). Modules hold the stacked tree with `stacked_init` in `Module.param`
+rather than through `nn.scan`, because a block of the same kind is also used alone, in parts, by
+the models here (the last block of CLIP's towers).
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Remat = Literal["none", "full", "dots"]
+
+_POLICIES: dict[str, Any] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def stacked_init(init: Callable[[jax.Array], Any], rng: jax.Array, layers: int) -> Any:
+    """`layers` initialisations of `init(rng)` (a tree of boxed parameters), stacked.
+
+    Returns:
+      The tree with a leading axis of size `layers`, named "layers" in the boxes.
+    """
+    tree = jax.vmap(init)(jax.random.split(rng, layers))
+    return jax.tree.map(
+        lambda leaf: leaf.add_axis(0, {nn.PARTITION_NAME: "layers"}),
+        tree,
+        is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata),
+    )
+
+
+def remat(fn: Callable[..., Any], policy: Remat) -> Callable[..., Any]:
+    """`fn` with its activations recomputed in the backward pass: "none", "full", or "dots"
+    (products with weights are kept, the rest is recomputed)."""
+    if policy == "none":
+        return fn
+    return jax.checkpoint(fn, policy=_POLICIES[policy], prevent_cse=False)
+
+
+def run(
+    block: Callable[[Any, jax.Array], Any],
+    params: Any,
+    x: jax.Array,
+    *,
+    policy: Remat = "none",
+    unroll: bool = False,
+) -> jax.Array:
+    """x after all blocks.
+
+    Args:
+      block: `(parameters of one block, x) -> x`.
+      params: tree of arrays with a leading layer axis.
+      x: activations.
+      policy: what the backward pass recomputes.
+      unroll: write every layer out instead of scanning.
+    """
+    step = remat(block, policy)
+    if unroll:
+        layers = jax.tree.leaves(params)[0].shape[0]
+        for layer in _unstack(layers, params):
+            x = step(layer, x)
+        return x
+    return jax.lax.scan(lambda carry, layer: (step(layer, carry), None), x, params)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _unstack(layers: int, params: Any) -> tuple[Any, ...]:
+    """One tree per layer. Its transpose stacks, where slicing's would add padded copies up."""
+    return tuple(jax.tree.map(operator.itemgetter(i), params) for i in range(layers))
+
+
+def _unstack_forward(layers: int, params: Any) -> tuple[tuple[Any, ...], None]:
+    return _unstack(layers, params), None
+
+
+def _unstack_backward(layers: int, residual: None, grads: tuple[Any, ...]) -> tuple[Any]:
+    del layers, residual
+    return (jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads),)
+
+
+_unstack.defvjp(_unstack_forward, _unstack_backward)

@@ -1,0 +1,380 @@
+"""StarGraph as a `System`: knowledge-graph link prediction from an incomplete two-hop subgraph."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmods.objectives.negative_sampling import negative_sampling_loss
+from jaxmods.system import FROZEN, TRAIN, ArraySpec, Batch, LossOutput, Params, State, System
+from jaxmods.systems.stargraph import scores
+from jaxmods.systems.stargraph.dropout import Seed, fold, make_seed
+from jaxmods.systems.stargraph.model import EPSILON, Encoder, EncoderConfig
+from jaxmods.systems.stargraph.objective import occurrence_vectors, triple_scores
+from jaxmods.systems.stargraph.weights import stargraph_map
+from jaxmods.weights import WeightMap
+
+GRAPH = "graph"
+
+
+@dataclasses.dataclass(frozen=True)
+class StarGraph(System):
+    """Sizes and options (official command-line names in brackets).
+
+    The tables of the graph (`graph/*`: which anchors, paths and neighbours make up an entity) are
+    frozen integer parameters: they come from the data at a fresh start and travel with the weights
+    afterwards.
+
+    Attributes:
+      entities, relations: N and R; R counts inverse relations where the data adds them.
+      encoder: sizes of the entity encoder.
+      score: "triplere" or "pairre" (`model`).
+      gamma: margin (`gamma`).
+      offset: u of TripleRE' (`triplere_u`).
+      temperature: of self-adversarial weights (`adversarial_temperature`); None: uniform weights
+        (`negative_adversarial_sampling` off).
+      negatives: per triple (`negative_sample_size`).
+      distinct: 0: every occurrence of an entity is encoded with its own dropout, as the official
+        code does. More: the batch lists at most this many distinct entities, each encoded once;
+        equal with dropout off, otherwise dropout is shared by the occurrences in a step.
+      encode_chunk: entities encoded at a time in training, their activations recomputed in the
+        backward pass; 0 for all at once.
+      row_multiple: rows of tables are rounded up to this, so that a mesh can split them; the data
+        must be tokenised with the same number.
+      eval_chunk: entities encoded at a time for evaluation.
+    """
+
+    entities: int = 14505
+    relations: int = 237
+    encoder: EncoderConfig = EncoderConfig()
+    score: scores.Score = "triplere"
+    gamma: float = 6.0
+    offset: float = 1.0
+    temperature: float | None = 2.0
+    negatives: int = 64
+    distinct: int = 0
+    encode_chunk: int = 0
+    row_multiple: int = 1
+    eval_chunk: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("entities", "relations", "negatives", "row_multiple", "eval_chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"StarGraph.{name}: expected 1 or more, found {getattr(self, name)}"
+                )
+        if self.encode_chunk and self.distinct % self.encode_chunk:
+            raise ValueError(
+                f"StarGraph.encode_chunk: expected a divisor of distinct={self.distinct}, "
+                f"found {self.encode_chunk}"
+            )
+
+    @property
+    def embedding_range(self) -> float:
+        """Half-width of the initial uniform distribution of all tables."""
+        return (self.gamma + EPSILON) / self.encoder.width
+
+    def batch_spec(self, global_batch: int) -> dict[str, ArraySpec]:
+        """`positive` [B, 3] (head, relation, tail), `negative` [B, N] entities, `weight` [B],
+        `mode` [B] (0: negatives replace the tail, 1: the head). Where `distinct` > 0, entities in
+        `positive` and `negative` are positions in `entities` [distinct]."""
+        b = global_batch
+        spec = {
+            "positive": ArraySpec((b, 3), "int32", ("batch", None)),
+            "negative": ArraySpec((b, self.negatives), "int32", ("batch", None)),
+            "weight": ArraySpec((b,), "float32", ("batch",)),
+            "mode": ArraySpec((b,), "int32", ("batch",)),
+        }
+        if self.distinct:
+            spec["entities"] = ArraySpec((self.distinct,), "int32", ("batch",))
+        return spec
+
+    def init(self, rng: jax.Array) -> Params:
+        """Official initialisation: tables uniform in ±(gamma + 2) / D, linear layers as PyTorch's.
+
+        The graph's tables are zeros here; `Pipeline.constants` (or a checkpoint) fills them.
+        """
+        encoder_rng, relation_rng = jax.random.split(rng)
+        variables = self._encoder().init(encoder_rng, jnp.zeros((1,), jnp.int32))["params"]
+        graph = {k.removeprefix("graph_"): v for k, v in variables.items() if _is_graph(k)}
+        encoder = {k: v for k, v in variables.items() if not _is_graph(k)}
+        limit, width = self.embedding_range, scores.relation_width(self.score, self.encoder.width)
+        relation = jax.random.uniform(relation_rng, (self.relations, width), jnp.float32)
+        return {
+            GRAPH: graph,
+            "encoder": encoder,
+            "relation_embedding": nn.LogicallyPartitioned(
+                (2 * relation - 1) * limit, (None, "embed")
+            ),
+            "gamma": jnp.full((1,), self.gamma, jnp.float32),
+            "embedding_range": jnp.full((1,), limit, jnp.float32),
+        }
+
+    def labels(self, params: Params) -> dict[str, Any]:
+        """Everything trains but the graph's tables and the two constants."""
+        frozen = (GRAPH, "gamma", "embedding_range")
+        return {
+            name: jax.tree.map(lambda _, label=FROZEN if name in frozen else TRAIN: label, tree)
+            for name, tree in params.items()
+        }
+
+    def loss(
+        self, params: Params, state: State, batch: Batch, rng: jax.Array, step: jax.Array
+    ) -> LossOutput:
+        """Negative-sampling loss of a batch laid out as `batch_spec` says."""
+        del step
+        positive_B3, negative_BN, mode = batch["positive"], batch["negative"], batch["mode"]
+        seed = make_seed(rng) if self.encoder.dropout else None
+        encode = self._training_encoder(params, seed)
+        if self.distinct:
+            table_UD = encode(batch["entities"])
+            head, tail = table_UD[positive_B3[:, 0]], table_UD[positive_B3[:, 2]]
+            negative = table_UD[negative_BN]
+        else:
+            head, tail, negative = occurrence_vectors(encode, positive_B3, negative_BN)
+        relation = params["relation_embedding"][positive_B3[:, 1]]
+        positive_score, negative_score = triple_scores(
+            self.score, _gamma(params), self.offset, relation, head, tail, negative, mode
+        )
+        out = negative_sampling_loss(
+            positive_score, negative_score, batch["weight"], self.temperature
+        )
+        metrics = {
+            "positive_loss": out.positive,
+            "negative_loss": out.negative,
+            "positive_score": positive_score.mean(),
+            "negative_score": negative_score.mean(),
+        }
+        return LossOutput(out.loss, metrics, state)
+
+    def functions(self) -> dict[str, Callable[..., jax.Array]]:
+        """Inference, dropout off.
+
+        encode(params, ids [E]) -> [E, D]                   entity vectors, not normalised
+        encode_all(params) -> [N, D]                        normalised vectors of every entity
+        score_triples(params, triples [B, 3]) -> [B]
+        score_all(params, table [N, D], known [B], relation [B], mode [B]) -> [B, N]
+        score_given(params, known [B], relation [B], mode [B], candidates [B, C]) -> [B, C]
+        rank_counts(params, table [N, D], triples [B, 3], mode [B], skip [B, S]) -> [B, 4]
+        """
+        return {
+            "encode": self.encode,
+            "encode_all": self.encode_all,
+            "score_triples": self.score_triples,
+            "score_all": self.score_all,
+            "score_given": self.score_given,
+            "rank_counts": self.rank_counts,
+        }
+
+    def encode(self, params: Params, ids: jax.Array) -> jax.Array:
+        """Vectors [E, D] of entities `ids` [E] before normalisation."""
+        return self._encode(params, ids, None)
+
+    def encode_all(self, params: Params) -> jax.Array:
+        """Normalised fp32 vectors [N, D] of all entities, `eval_chunk` at a time."""
+        chunks = -(-self.entities // self.eval_chunk)
+        ids = jnp.minimum(jnp.arange(chunks * self.eval_chunk), self.entities - 1)
+        table = jax.lax.map(
+            lambda part: scores.normalise(self.encode(params, part)),
+            ids.reshape(chunks, self.eval_chunk),
+        )
+        return table.reshape(-1, table.shape[-1])[: self.entities]
+
+    def score_triples(self, params: Params, triples: jax.Array) -> jax.Array:
+        """Scores [B] of triples [B, 3]."""
+        mode = jnp.zeros(triples.shape[0], jnp.int32)
+        known, relation, answer = triples[:, 0], triples[:, 1], triples[:, 2:3]
+        return self.score_given(params, known, relation, mode, answer)[:, 0]
+
+    def score_given(
+        self,
+        params: Params,
+        known: jax.Array,
+        relation: jax.Array,
+        mode: jax.Array,
+        candidates: jax.Array,
+    ) -> jax.Array:
+        """Scores [B, C] of each query's own `candidates` [B, C]; see `score_all`."""
+        b, c = candidates.shape
+        ids = jnp.concatenate([known[:, None], candidates], 1)
+        vectors = scores.normalise(self.encode(params, ids.reshape(-1))).reshape(b, c + 1, -1)
+        factor, fixed = self._queries(params, vectors[:, 0], relation, mode)
+        return scores.score_candidates(_gamma(params), factor, fixed, vectors[:, 1:])
+
+    def score_all(
+        self,
+        params: Params,
+        table_ND: jax.Array,
+        known: jax.Array,
+        relation: jax.Array,
+        mode: jax.Array,
+    ) -> jax.Array:
+        """Scores [B, N] of all entities of a table (from `encode_all`) as the missing side.
+
+        Args:
+          known: int32 [B], the head where `mode` is 0 (the tail is asked for), else the tail.
+          relation, mode: int32 [B].
+        """
+        factor, fixed = self._queries(params, table_ND[known], relation, mode)
+        return scores.score_table(_gamma(params), factor, fixed, table_ND)
+
+    def rank_counts(
+        self,
+        params: Params,
+        table_ND: jax.Array,
+        triples: jax.Array,
+        mode: jax.Array,
+        skip: jax.Array,
+    ) -> jax.Array:
+        """How many entities score above and equal to the true answer of each query.
+
+        Args:
+          table_ND: from `encode_all`.
+          triples: int32 [B, 3]. mode: int32 [B], which side is asked for.
+          skip: int32 [B, S], entities that the filtered rank leaves out (other true answers and
+            the answer itself), distinct within a row, -1 for padding.
+
+        Returns:
+          int32 [B, 4]: raw greater, raw equal (the answer itself left out), filtered greater,
+          filtered equal.
+        """
+        asks_head = mode == scores.HEAD
+        known = jnp.where(asks_head, triples[:, 2], triples[:, 0])
+        answer = jnp.where(asks_head, triples[:, 0], triples[:, 2])
+        factor, fixed = self._queries(params, table_ND[known], triples[:, 1], mode)
+        score_BN = scores.score_table(_gamma(params), factor, fixed, table_ND)
+        true_B1 = jnp.take_along_axis(score_BN, answer[:, None], 1)
+        greater, equal = (score_BN > true_B1).sum(1), (score_BN == true_B1).sum(1) - 1
+        skipped = jnp.take_along_axis(score_BN, jnp.maximum(skip, 0), 1)
+        other = (skip >= 0) & (skip != answer[:, None])
+        skipped_greater = (other & (skipped > true_B1)).sum(1)
+        skipped_equal = (other & (skipped == true_B1)).sum(1)
+        return jnp.stack(
+            [greater, equal, greater - skipped_greater, equal - skipped_equal], 1
+        ).astype(jnp.int32)
+
+    def weights(self) -> WeightMap:
+        """The map of the official state dict."""
+        return stargraph_map(self.encoder, self.entities, self.row_multiple)
+
+    def hub_config(self) -> dict[str, Any]:
+        """The official `config.json`: the arguments that shape the model."""
+        e = self.encoder
+        return {
+            "model": {"triplere": "TripleRE", "pairre": "PairRE"}[self.score],
+            "hidden_dim": e.width,
+            "gamma": self.gamma,
+            "triplere_u": self.offset,
+            "negative_sample_size": self.negatives,
+            "negative_adversarial_sampling": self.temperature is not None,
+            "adversarial_temperature": 1.0 if self.temperature is None else self.temperature,
+            "drop": e.dropout,
+            "sample_anchors": e.anchors_per_entity,
+            "use_anchor_path": e.paths > 0,
+            "sample_neighbors": e.neighbours,
+            "sample_center": e.center,
+            "node_dim": e.node_width,
+            "merge_strategy": e.merge,
+            "attn_layers_num": e.layers,
+            "mlp_ratio": e.mlp_ratio,
+            "head_dim": e.head_width,
+            "add_type_embedding": e.type_embedding,
+            "anchor_share_embedding": e.share_anchors,
+            "nentity": self.entities,
+            "nrelation": self.relations,
+        }
+
+    def check_constants(self, constants: Mapping[str, np.ndarray]) -> None:
+        """Whether the tables of a graph fit these sizes.
+
+        Raises:
+          ValueError: naming every field that has to change, and to what.
+        """
+        problems = []
+        for path, (field, limit) in self._table_limits().items():
+            if path not in constants:
+                problems.append(f"{path}: missing; tokenise the graph with the system's options")
+                continue
+            array = constants[path]
+            largest = int(array.max(initial=0))
+            if largest != limit and not (path == f"{GRAPH}/nodes" and largest < limit):
+                problems.append(f"{path}: largest id {largest}, expected {limit}; set {field}")
+        for path in constants:
+            if path not in self._table_limits():
+                problems.append(f"{path}: no such table in this system; switch it off in the data")
+        if problems:
+            raise ValueError("StarGraph: the graph does not fit the system: " + "; ".join(problems))
+
+    def flops_per_example(self) -> float | None:
+        """Multiply-adds of the dense layers, forward and backward, for all encodings of a triple."""
+        e = self.encoder
+        per_token = 2.0 * e.layers * e.width * (2 * 8 * e.query_width + 2 * e.mlp_ratio * e.width)
+        return 3.0 * per_token * e.tokens * (self.negatives + 2)
+
+    def _encoder(self) -> Encoder:
+        return Encoder(self.encoder, self.entities, self.embedding_range, self.row_multiple)
+
+    def _encode(
+        self,
+        params: Params,
+        ids: jax.Array,
+        seed: Seed | None,
+        capture: dict[str, jax.Array] | None = None,
+    ) -> jax.Array:
+        graph = {f"graph_{k}": v for k, v in params[GRAPH].items()}
+        variables = {"params": {**params["encoder"], **graph}}
+        return self._encoder().apply(variables, ids, seed, capture)
+
+    def _training_encoder(
+        self, params: Params, seed: Seed | None
+    ) -> Callable[[jax.Array], jax.Array]:
+        if not self.encode_chunk:
+            return lambda ids: self._encode(params, ids, seed)
+
+        def chunked(ids: jax.Array) -> jax.Array:
+            parts = ids.reshape(-1, self.encode_chunk)
+
+            @jax.checkpoint
+            def one(part: jax.Array, number: jax.Array) -> jax.Array:
+                site = None if seed is None else fold(seed, number)
+                return self._encode(params, part, site)
+
+            vectors = jax.lax.map(lambda x: one(*x), (parts, jnp.arange(parts.shape[0])))
+            return vectors.reshape(ids.shape[0], -1)
+
+        return chunked
+
+    def _queries(
+        self, params: Params, known_BD: jax.Array, relation: jax.Array, mode: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        vectors = params["relation_embedding"][relation]
+        return scores.queries(self.score, known_BD, vectors, mode, self.offset)
+
+    def _table_limits(self) -> dict[str, tuple[str, int]]:
+        """Largest id that each table of the graph must hold, and the field that says so."""
+        e = self.encoder
+        limits = {}
+        if e.anchors_per_entity:
+            shared = e.share_anchors
+            limits[f"{GRAPH}/hashes"] = (
+                ("entities", self.entities) if shared else ("encoder.anchors", e.anchors)
+            )
+        if e.paths:
+            limits[f"{GRAPH}/path_ids"] = ("encoder.paths", e.paths)
+        if e.nodes:
+            limits[f"{GRAPH}/nodes"] = ("entities", self.entities)
+        return limits
+
+
+def _gamma(params: Params) -> jax.Array:
+    return params["gamma"].astype(jnp.float32)[0]
+
+
+def _is_graph(name: str) -> bool:
+    return name.startswith("graph_")

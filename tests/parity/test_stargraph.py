@@ -1,0 +1,10 @@
+"""StarGraph against the recorded outputs of the official code (kinds in `stargraph_*.py`)."""
+
+from __future__ import annotations
+
+from tests.parity import registry
+
+
+@registry.golden("stargraph")
+def test_golden(case: registry.Case, check: registry.Check) -> None:
+    check(case)

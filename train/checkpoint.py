@@ -1,0 +1,339 @@
+"""Checkpoints (Orbax): a run's state with its JSON, and folders of parameters alone.
+
+A run folder holds
+
+    checkpoints/<step>/{trained,ema,train,info}   all that changes, and the facts that belong to it
+    frozen/                                       parameters that never change, written once
+
+Restoring always targets the shapes and shardings of the abstract state of the present run, never
+what was stored, so a run continues on another number of devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keeping
+
+from jaxmods.system import Params
+from train.exits import UserError
+from train.experiment import Checkpointing
+from train.state import Plan, TrainState, flatten, merge, unflatten
+
+LOG = logging.getLogger("train")
+T = TypeVar("T")
+
+FOLDER = "checkpoints"
+FROZEN_FOLDER = "frozen"
+_TENSORS = "params"
+_FACTS = "params.json"
+_SEPARATOR = "/"
+
+
+def to_flat(tree: Any) -> dict[str, Any]:
+    """Leaves of any pytree by a readable path, independent of the classes of its nodes."""
+    return {
+        jax.tree_util.keystr(keys, simple=True, separator=_SEPARATOR): leaf
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def from_flat(flat: dict[str, Any], like: Any) -> Any:
+    """The reverse of `to_flat`, with the structure of `like`."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(like)
+    names = [jax.tree_util.keystr(k, simple=True, separator=_SEPARATOR) for k, _ in paths]
+    return jax.tree.unflatten(structure, [flat[name] for name in names])
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A restored run: its state and the JSON saved with it. `skipped` are unreadable steps."""
+
+    step: int
+    state: TrainState
+    info: dict[str, Any]
+    skipped: tuple[int, ...] = ()
+
+
+class Checkpoints:
+    """The checkpoints of one run folder. `read_only` leaves a run that is under way alone."""
+
+    def __init__(self, workdir: Path, policy: Checkpointing, *, read_only: bool = False) -> None:
+        self._folder = workdir.absolute() / FOLDER
+        self._frozen = workdir.absolute() / FROZEN_FOLDER
+        self._policy, self._read_only = policy, read_only
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        policy = self._policy
+        rules: list[keeping.PreservationPolicy] = [keeping.LatestN(policy.keep)]
+        if policy.keep_period:
+            rules.append(keeping.EveryNSteps(policy.keep_period))
+        if policy.keep_best:
+            name = policy.keep_best
+            rules.append(
+                keeping.BestN(
+                    get_metric_fn=lambda metrics: metrics[name],
+                    reverse=policy.best == "min",
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keeping.AnyPreservationPolicy(rules),
+            cleanup_tmp_directories=not self._read_only,
+            read_only=self._read_only,
+        )
+        handlers: dict[str, ocp.CheckpointHandler] = {
+            item: ocp.StandardCheckpointHandler() for item in ("trained", "ema", "train")
+        }
+        handlers["info"] = ocp.JsonCheckpointHandler()
+        return ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+
+    def steps(self) -> list[int]:
+        """Steps that are there, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def begin(self, state: TrainState) -> None:
+        """Before the first step of a new run: write what will never change."""
+        if state.frozen:
+            save_params(self._frozen, state.frozen, {"step": 0})
+
+    def save(
+        self, state: TrainState, info: dict[str, Any], best: dict[str, float] | None = None
+    ) -> None:
+        """Begin to save; returns when the arrays are copied, the writing goes on behind.
+
+        Args:
+          info: JSON saved with the arrays.
+          best: evaluation metrics of exactly this step, `protocol/metric`, for `keep_best`.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        name = self._policy.keep_best
+        metrics = {name: best[name]} if name and best and name in best else None
+        items = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(**items, info=ocp.args.JsonSave(info)),
+            metrics=metrics,
+            force=True,
+        )
+
+    def wait(self) -> None:
+        """Block until what was begun is on the disk; raises what went wrong in the background."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait and release."""
+        self._manager.close()
+
+    def restore(self, plan: Plan) -> Restored | None:
+        """The newest readable checkpoint, placed for `plan`; None when there is none at all.
+
+        An unreadable checkpoint is said in the log, and the one before it is tried.
+
+        Raises:
+          UserError: there are checkpoints but none can be read, or one is of another model.
+        """
+        return self._newest(lambda step, skipped: self._restore_step(step, plan, skipped))
+
+    def restore_params(self, plan: Plan) -> tuple[Params, int] | None:
+        """Parameters alone of the newest readable checkpoint (the moving average where there is
+        one), placed for `plan`, and their step. Nothing of the optimiser is read."""
+        return self._newest(lambda step, _: (self._restore_params(step, plan), step))
+
+    def _newest(self, read: Callable[[int, tuple[int, ...]], T]) -> T | None:
+        skipped: list[int] = []
+        for step in reversed(self.steps()):
+            try:
+                return read(step, tuple(skipped))
+            except UserError:
+                raise
+            except Exception as error:  # whatever a damaged file raises, in any library below
+                reason = str(error).strip().splitlines()[0][:300] if str(error) else ""
+                LOG.warning(
+                    "checkpoint %d cannot be read (%s: %s); trying the one before it",
+                    step,
+                    type(error).__name__,
+                    reason,
+                )
+                skipped.append(step)
+        if skipped:
+            raise UserError(
+                f"{self._folder}: none of the checkpoints {sorted(skipped)} can be read; restore "
+                "the folder from a copy, or start in another workdir"
+            )
+        return None
+
+    def set_aside(self, steps: tuple[int, ...]) -> None:
+        """Move unreadable checkpoints to `checkpoints/unreadable-<step>`, so that their steps can
+        be saved again."""
+        if not steps:
+            return
+        self._manager.close()
+        for step in steps:
+            place = self._folder / f"unreadable-{step}"
+            if place.exists():
+                shutil.rmtree(place)
+            (self._folder / str(step)).rename(place)
+        self._manager = self._open()
+
+    def _restore_step(self, step: int, plan: Plan, skipped: tuple[int, ...]) -> Restored:
+        target = plan.abstract_sharded()
+        info = self._manager.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore()))
+        read = self._read(step, _items(target))
+        train = read["train"]
+        state = TrainState(
+            trained=_nested(read["trained"]),
+            frozen=self._read_frozen(target),
+            opt_state=from_flat(_part(train, "opt_state"), target.opt_state),
+            state=from_flat(_part(train, "state"), target.state),
+            step=train["step"],
+            rng=train["rng"],
+            ema=_nested(read["ema"]) if target.ema else {},
+        )
+        return Restored(step, state, info["info"], skipped)
+
+    def _restore_params(self, step: int, plan: Plan) -> Params:
+        target = plan.abstract_sharded()
+        item = "ema" if target.ema else "trained"
+        read = self._read(step, {item: _items(target)[item]})
+        return merge(_nested(read[item]), self._read_frozen(target))
+
+    def _read(self, step: int, wanted: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        stored = self._manager.item_metadata(step)
+        for item, flat in wanted.items():
+            _compare(flat, stored[item], f"checkpoint {step} of {self._folder}, {item}")
+        items = {item: ocp.args.StandardRestore(flat) for item, flat in wanted.items()}
+        read = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return {item: read[item] for item in wanted}
+
+    def _read_frozen(self, target: TrainState) -> Params:
+        return load_params(self._frozen, target.frozen) if target.frozen else {}
+
+
+def _items(state: TrainState) -> dict[str, dict[str, Any]]:
+    """What is saved for a state, or asked for by an abstract one: flat trees by item."""
+    train = {"step": state.step, "rng": state.rng}
+    for name in ("opt_state", "state"):
+        train.update({f"{name}:{k}": v for k, v in to_flat(getattr(state, name)).items()})
+    items = {"trained": _flat_params(state.trained), "train": train}
+    if state.ema:
+        items["ema"] = _flat_params(state.ema)
+    return items
+
+
+def _part(flat: dict[str, Any], name: str) -> dict[str, Any]:
+    prefix = f"{name}:"
+    return {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
+
+
+def _flat_params(params: Params) -> dict[str, Any]:
+    return {_SEPARATOR.join(path): leaf for path, leaf in flatten(params).items()}
+
+
+def _nested(flat: dict[str, Any]) -> Params:
+    return unflatten({tuple(k.split(_SEPARATOR)): v for k, v in flat.items()})
+
+
+def _compare(expected: dict[str, Any], stored: Any, where: str) -> None:
+    """Raise UserError when stored names or shapes are not those of the present model."""
+    tree = getattr(stored, "tree", stored)
+    problems = [f"missing {n}" for n in expected if n not in tree]
+    problems += [f"unexpected {n}" for n in tree if n not in expected]
+    problems += [
+        f"{n}: expected {tuple(expected[n].shape)}, found {tuple(tree[n].shape)}"
+        for n in expected
+        if n in tree and tuple(tree[n].shape) != tuple(expected[n].shape)
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(
+            f"{where}: stored tensors are not those of this recipe: {'; '.join(problems[:5])}{more}"
+        )
+
+
+def save_params(folder: Path, params: Params, facts: dict[str, Any]) -> None:
+    """Write parameters alone to `folder` (created; parameters that are there are replaced).
+
+    Args:
+      params: nested dict of arrays (host or sharded).
+      facts: JSON written beside them as `params.json` (recipe, source, step, ...).
+    """
+    folder = Path(folder).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(folder / _TENSORS, _flat_params(params), force=True)
+    if jax.process_index() == 0:
+        text = json.dumps(facts, indent=1, ensure_ascii=False)
+        (folder / _FACTS).write_text(text + "\n", encoding="utf-8")
+
+
+def load_params(folder: Path, like: Params | None = None) -> Params:
+    """Parameters written by `save_params`.
+
+    Args:
+      like: nested dict of ShapeDtypeStructs (with shardings, where wanted) that says what to
+        load and where to put it; None loads everything as NumPy arrays.
+
+    Raises:
+      UserError: no parameters there, or other names or shapes than `like`.
+    """
+    folder = Path(folder).absolute()
+    if not (folder / _TENSORS).is_dir():
+        raise UserError(f"{folder}: expected a folder of parameters ({_TENSORS}/), found none")
+    with ocp.StandardCheckpointer() as reader:
+        stored = reader.metadata(folder / _TENSORS).item_metadata
+        if like is None:
+            flat = {
+                name: jax.ShapeDtypeStruct(entry.shape, entry.dtype, sharding=_first_device())
+                for name, entry in stored.tree.items()
+            }
+            read = reader.restore(folder / _TENSORS, flat)
+            return _nested({name: np.asarray(value) for name, value in read.items()})
+        flat = _flat_params(like)
+        _compare(flat, stored, str(folder))
+        return _nested(reader.restore(folder / _TENSORS, flat))
+
+
+def is_params_folder(folder: Path) -> bool:
+    """Whether `save_params` wrote here."""
+    return (Path(folder) / _TENSORS).is_dir()
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """The JSON beside parameters written by `save_params`; empty when there is none."""
+    path = Path(folder) / _FACTS
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def load_run_params(workdir: Path, plan: Plan) -> tuple[Params, int]:
+    """Parameters of the newest checkpoint of a run, for evaluation or export, and their step.
+
+    The moving average is used where the run keeps one.
+    """
+    if not (workdir / FOLDER).is_dir():
+        raise UserError(f"{workdir}: expected a run folder with {FOLDER}/, found none")
+    checkpoints = Checkpoints(workdir, plan.experiment.checkpoint, read_only=True)
+    try:
+        found = checkpoints.restore_params(plan)
+    finally:
+        checkpoints.close()
+    if found is None:
+        raise UserError(f"{workdir}: no checkpoint yet; train first (jaxmods fit)")
+    return found
+
+
+def _first_device() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -1,0 +1,319 @@
+"""The command `jaxmods`: what it takes, what it prints, what it ends with.
+
+Nothing heavy is imported before a command runs, so that `--help` answers at once. Results go to
+standard output, everything else to standard error. Exit codes are those of `train.exits`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from train.exits import ExitCode, UsageError, classify
+from train.runtime import settle_platform
+
+LOG = logging.getLogger("train")
+
+_CODES = """exit codes:
+  0 done   1 error   2 wrong usage   10 stopped by a signal and saved (run again to continue)
+  11 host lost   12 out of memory   13 loss not finite   14 data cannot be used"""
+
+_NAMES = "system/recipe (see jaxmods list), or file.py:function for your own"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if not hasattr(options, "run"):
+        parser.print_help()
+        return ExitCode.USAGE
+    _log_to_stderr()
+    warning = settle_platform()
+    if warning:
+        LOG.warning(warning)
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        print("jaxmods: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return ExitCode.OK  # the reader of a pipe has seen enough
+    except Exception as error:
+        code = classify(error)
+        if options.debug or not _expected(error):
+            traceback.print_exc()
+        print(f"jaxmods: {_message(error)}", file=sys.stderr)
+        return int(code)
+
+
+def _expected(error: Exception) -> bool:
+    """Whether one message is enough: everything but what can only be a fault of the program."""
+    if classify(error) != ExitCode.ERROR:
+        return True
+    from train.exits import UserError
+
+    return isinstance(error, (UserError, ValueError, OSError))
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"no such file or folder: {error.filename}"
+    return str(error) or type(error).__name__
+
+
+class _Handler(logging.StreamHandler[Any]):
+    """Log lines to standard error, above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "tqdm" in sys.modules:
+            from tqdm import tqdm
+
+            with tqdm.external_write_mode(file=sys.stderr):
+                super().emit(record)
+        else:
+            super().emit(record)
+
+
+def _log_to_stderr() -> None:
+    handler = _Handler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    LOG.handlers[:] = [handler]
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+    logging.getLogger("absl").setLevel(logging.ERROR)  # the checkpoint library's own diary
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="jaxmods",
+        description="Train, evaluate, import and export the 360CVGroup systems in JAX.",
+        epilog="example:\n  jaxmods fit fgclip/tiny --workdir runs/tiny\n\n" + _CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    add = _adder(commands)
+    command = add("list", "list recipes", "jaxmods list --json", _list)
+
+    command = add(
+        "describe",
+        "parameters, optimiser, batch and memory of a recipe, without training",
+        "jaxmods describe fgclip/base_stage1 --set mesh.fsdp=4",
+        _describe,
+    )
+    _recipe(command)
+
+    command = add(
+        "fit",
+        "train; continues the run that is in the folder",
+        "jaxmods fit fgclip/tiny --workdir runs/tiny --set optim.lr=5e-4 steps=2000",
+        _fit,
+    )
+    _recipe(command)
+    command.add_argument("--workdir", required=True, metavar="DIR", help="the run folder")
+    command.add_argument(
+        "--allow-change",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATH",
+        help="continue although the recipe differs from the saved one in these paths",
+    )
+    command.add_argument("--no-report", action="store_true", help="do not write report.html")
+
+    command = add(
+        "eval",
+        "run the recipe's protocols on the newest checkpoint",
+        "jaxmods eval fgclip/tiny --workdir runs/tiny --protocol scene_retrieval --json",
+        _eval,
+    )
+    _recipe(command)
+    command.add_argument(
+        "--workdir", required=True, metavar="DIR", help="a run folder, or a folder of parameters"
+    )
+    command.add_argument(
+        "--protocol",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="only these protocols",
+    )
+    command.add_argument(
+        "--out", metavar="DIR", help="write results there instead of the run folder"
+    )
+
+    command = add(
+        "report",
+        "write report.html for a run folder",
+        "jaxmods report runs/tiny",
+        _report,
+    )
+    command.add_argument("workdir", metavar="WORKDIR", help="the run folder")
+
+    command = add(
+        "import",
+        "PyTorch weights to a folder of parameters",
+        "jaxmods import fgclip/base --from fg-clip-base --to weights/fgclip_base",
+        _import,
+    )
+    _recipe(command)
+    command.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        metavar="HF_DIR",
+        help="folder or file of safetensors (or a state dict) with the published names",
+    )
+    command.add_argument("--to", dest="target", required=True, metavar="DIR", help="new folder")
+
+    command = add(
+        "export",
+        "a run or a folder of parameters to a PyTorch folder",
+        "jaxmods export fgclip/tiny --from runs/tiny --to exported --verify",
+        _export,
+    )
+    _recipe(command)
+    command.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        metavar="RUN_OR_DIR",
+        help="a run folder, or a folder of parameters",
+    )
+    command.add_argument("--to", dest="target", required=True, metavar="HF_DIR", help="new folder")
+    command.add_argument(
+        "--verify",
+        action="store_true",
+        help="load what was written, compare with PyTorch where it is installed, verify.json",
+    )
+
+    data = commands.add_parser("data", help="look at data", description="Look at data.")
+    data_commands = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    command = _adder(data_commands)(
+        "inspect",
+        "draw samples of a recipe's data and count what matched and what did not",
+        "jaxmods data inspect fgclip/tiny --out inspected --samples 16",
+        _inspect,
+    )
+    _recipe(command)
+    command.add_argument("--out", default="inspect", metavar="DIR", help="default: inspect")
+    command.add_argument("--samples", type=int, default=16, metavar="N", help="default: 16")
+    return parser
+
+
+Run = Callable[[argparse.Namespace], int]
+
+
+def _adder(commands: Any) -> Callable[[str, str, str, Run], argparse.ArgumentParser]:
+    def add(name: str, text: str, example: str, run: Run) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=f"example:\n  {example}\n\n{_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        command.add_argument("--json", action="store_true", help="print the result as JSON")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return command
+
+    return add
+
+
+def _recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", metavar="RECIPE", help=_NAMES)
+    command.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        dest="settings",
+        metavar="PATH=VALUE",
+        help="override values of the recipe by dotted path",
+    )
+
+
+# Each command imports what it needs when it runs.
+
+
+def _list(options: argparse.Namespace) -> int:
+    from train import commands
+
+    return commands.list_recipes(as_json=options.json)
+
+
+def _describe(options: argparse.Namespace) -> int:
+    from train import commands
+
+    return commands.describe_recipe(options.recipe, options.settings, as_json=options.json)
+
+
+def _fit(options: argparse.Namespace) -> int:
+    from train import commands
+
+    return commands.fit_recipe(
+        options.recipe,
+        options.settings,
+        options.workdir,
+        allow_change=options.allow_change,
+        report=not options.no_report,
+        as_json=options.json,
+    )
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from train import commands
+
+    return commands.evaluate_run(
+        options.recipe,
+        options.settings,
+        options.workdir,
+        protocols=options.protocol,
+        out=options.out,
+        as_json=options.json,
+    )
+
+
+def _report(options: argparse.Namespace) -> int:
+    from train import commands
+
+    return commands.report_run(options.workdir, as_json=options.json)
+
+
+def _import(options: argparse.Namespace) -> int:
+    from train import commands
+
+    return commands.import_folder(
+        options.recipe, options.settings, options.source, options.target, as_json=options.json
+    )
+
+
+def _export(options: argparse.Namespace) -> int:
+    from train import commands
+
+    return commands.export_folder(
+        options.recipe,
+        options.settings,
+        options.source,
+        options.target,
+        verify=options.verify,
+        as_json=options.json,
+    )
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from train import commands
+
+    if options.samples < 1:
+        raise UsageError(f"--samples: expected 1 or more, found {options.samples}")
+    return commands.inspect_data(
+        options.recipe, options.settings, options.out, options.samples, as_json=options.json
+    )

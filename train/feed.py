@@ -1,0 +1,309 @@
+"""Batches for the loop: checked against the system, read ahead by a thread, placed on devices.
+
+The counters of what a pipeline left out, mended or cut travel with each batch and are entered in
+the `Ledger` when the batch is *used*, so they belong to a step and continue exactly after a resume.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from data_pipelines.batch import BatchInfo, HostBatch, Pipeline
+from jaxmods.system import ArraySpec
+from train.exits import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which part of the global batch this process reads: part `index` of `count` equal ones."""
+
+    index: int
+    count: int
+
+
+def local_share(shardings: dict[str, NamedSharding], spec: dict[str, ArraySpec]) -> Share:
+    """The share that the devices of this process hold. Processes that hold the same rows (tensor
+    or context parallelism across hosts) read the same share.
+
+    Raises:
+      UserError: the rows of this process are not one block.
+    """
+    shares = set()
+    for name, sharding in shardings.items():
+        rows = spec[name].shape[0]
+        spans = {
+            index[0].indices(rows)[:2]
+            for index in sharding.addressable_devices_indices_map(spec[name].shape).values()
+            if index is not None
+        }
+        start, stop = min(s for s, _ in spans), max(e for _, e in spans)
+        held = sum(e - s for s, e in spans)
+        if held != stop - start or rows % held or start % held:
+            raise UserError(
+                f"{name}: the devices of process {jax.process_index()} hold rows {sorted(spans)}, "
+                "which are not one block; order the mesh so that data and fsdp follow the hosts"
+            )
+        shares.add(Share(start // held, rows // held))
+    if len(shares) != 1:
+        raise UserError(f"arrays of one batch are split differently between hosts: {shares}")
+    return shares.pop()
+
+
+def check_batch(batch: HostBatch, spec: dict[str, ArraySpec], share: Share) -> None:
+    """Compare a host batch with what the system expects.
+
+    Raises:
+      UserError: a missing or unexpected array, a wrong shape or dtype; all that differ are named.
+    """
+    problems = []
+    for name in spec:
+        if name not in batch.arrays:
+            near = difflib.get_close_matches(name, set(batch.arrays) - set(spec), n=1)
+            hint = f" (found {near[0]!r}: is that it?)" if near else ""
+            problems.append(f"{name}: missing{hint}")
+    for name, array in batch.arrays.items():
+        if name not in spec:
+            problems.append(f"{name}: not an array of this system's batch")
+            continue
+        want = spec[name]
+        shape = (want.shape[0] // share.count, *want.shape[1:])
+        if array.shape != shape or array.dtype != np.dtype(want.struct().dtype):
+            problems.append(
+                f"{name}: expected {want.dtype} {list(shape)}, "
+                f"found {array.dtype} {list(array.shape)}"
+            )
+    if problems:
+        raise UserError(
+            "the data pipeline does not deliver what the system expects: " + "; ".join(problems)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class FedBatch:
+    """A batch on its devices with its story."""
+
+    arrays: dict[str, jax.Array]
+    info: BatchInfo
+
+
+class Feed:
+    """Reads a pipeline ahead in a thread. `take` gives batches in order and measures the wait.
+
+    Attributes:
+      waited: seconds that `take` has spent waiting for data.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        spec: dict[str, ArraySpec],
+        shardings: dict[str, NamedSharding],
+        *,
+        global_batch: int,
+        seed: int,
+        start_step: int,
+        depth: int = 2,
+    ) -> None:
+        self.waited = 0.0
+        self._spec, self._shardings = spec, shardings
+        self._share = local_share(shardings, spec)
+        self._queue: queue.Queue[FedBatch | BaseException] = queue.Queue(depth)
+        self._stop = threading.Event()
+        arguments = {
+            "global_batch": global_batch,
+            "seed": seed,
+            "process_index": self._share.index,
+            "process_count": self._share.count,
+            "start_step": start_step,
+        }
+        self._thread = threading.Thread(
+            target=self._read, args=(pipeline, arguments), name="data-feed", daemon=True
+        )
+        self._thread.start()
+
+    def take(self) -> FedBatch:
+        """The next batch. Raises whatever the pipeline raised while making it."""
+        start = time.perf_counter()
+        item = self._queue.get()
+        self.waited += time.perf_counter() - start
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Stop reading and wait for the thread."""
+        self._stop.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get_nowait()
+            except queue.Empty:
+                self._thread.join(0.05)
+
+    def _read(self, pipeline: Pipeline, arguments: dict[str, Any]) -> None:
+        batches: Iterator[HostBatch] | None = None
+        try:
+            batches = pipeline.batches(**arguments)
+            first = True
+            while not self._stop.is_set():
+                batch = next(batches)
+                if first:
+                    check_batch(batch, self._spec, self._share)
+                    first = False
+                self._put(FedBatch(self._place(batch.arrays), batch.info))
+        except StopIteration:
+            self._put(UserError("the data pipeline ended; a training pipeline must be endless"))
+        except BaseException as error:  # handed to the loop, which raises it in its own thread
+            self._put(error)
+        finally:
+            close = getattr(batches, "close", None)
+            if close is not None:
+                close()
+
+    def _place(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        return {
+            name: jax.make_array_from_process_local_data(
+                self._shardings[name], array, self._spec[name].shape
+            )
+            for name, array in arrays.items()
+        }
+
+    def _put(self, item: FedBatch | BaseException) -> None:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+
+class Ledger:
+    """Counters of the data used so far, and `quarantine.jsonl`.
+
+    A record that was left out is written once per (source, id, reason) with the step that met it
+    first, and counted: `records` distinct ones, `met` times in all. Opening a ledger at a step
+    removes what later steps wrote.
+    """
+
+    def __init__(
+        self, folder: Path | None, saved: dict[str, Any] | None = None, step: int = 0
+    ) -> None:
+        """Args:
+        folder: the run folder; None keeps counts only (processes that do not write).
+        saved: `state()` of the checkpoint at `step`; None begins at zero.
+        """
+        saved = saved or {}
+        self.quarantine: dict[str, dict[str, int]] = {
+            reason: dict(counts) for reason, counts in saved.get("quarantine", {}).items()
+        }
+        self.cut: dict[str, int] = dict(saved.get("cut", {}))
+        self.repaired: dict[str, int] = dict(saved.get("repaired", {}))
+        self.seen: int = saved.get("seen", 0)
+        self.used: int = saved.get("used", 0)
+        self._known: set[tuple[str, str, str]] = set()
+        self._file = None
+        if folder is not None:
+            path = folder / "quarantine.jsonl"
+            for line in keep_lines(path, lambda entry: entry["step"] < step):
+                self._known.add((line["source"], line["id"], line["reason"]))
+            self._file = path.open("a", encoding="utf-8")
+
+    def enter(self, info: BatchInfo, step: int) -> None:
+        """Account for the batch of `step` (0-based)."""
+        self.seen += info.seen
+        self.used += len(info.record_ids)
+        for total, part in ((self.cut, info.cut), (self.repaired, info.repaired)):
+            for name, count in part.items():
+                total[name] = total.get(name, 0) + int(count)
+        for bad in info.quarantined:
+            counts = self.quarantine.setdefault(bad.reason, {"records": 0, "met": 0})
+            counts["met"] += 1
+            key = (bad.source, bad.record_id, bad.reason)
+            if key in self._known:
+                continue
+            self._known.add(key)
+            counts["records"] += 1
+            if self._file is not None:
+                entry = {
+                    "step": step,
+                    "source": bad.source,
+                    "id": bad.record_id,
+                    "reason": bad.reason,
+                    "detail": bad.detail,
+                }
+                self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                self._file.flush()
+
+    def state(self) -> dict[str, Any]:
+        """The counters as JSON: saved in checkpoints, `counters.json` and the summary."""
+        return {
+            "seen": self.seen,
+            "used": self.used,
+            "quarantine": {k: dict(v) for k, v in sorted(self.quarantine.items())},
+            "repaired": dict(sorted(self.repaired.items())),
+            "cut": dict(sorted(self.cut.items())),
+        }
+
+    def line(self) -> str:
+        """One line for the log; empty when nothing was left out, mended or cut."""
+        parts = []
+        if self.quarantine:
+            each = ", ".join(f"{k} {v['records']}" for k, v in sorted(self.quarantine.items()))
+            parts.append(f"quarantined {each}")
+        for word, counts in (("mended", self.repaired), ("cut", self.cut)):
+            listed = ", ".join(f"{k} {v}" for k, v in sorted(counts.items()) if v)
+            if listed:
+                parts.append(f"{word} {listed}")
+        return f"data: {'; '.join(parts)} (of {self.seen} records seen)" if parts else ""
+
+    def flush(self) -> None:
+        """Force `quarantine.jsonl` to the disk."""
+        sync(self._file)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def sync(file: Any) -> None:
+    """Force an open file (or None) to the disk."""
+    if file is not None:
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def keep_lines(path: Path, keep: Any) -> list[dict[str, Any]]:
+    """Rewrite a JSONL file with the entries for which `keep(entry)` holds, and return them.
+
+    A torn last line (the process was killed while writing) is dropped. Missing files are empty.
+    """
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(entry, dict) and keep(entry):
+            kept.append(entry)
+    partial = path.with_name(f".{path.name}.part")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept)
+        sync(file)
+    os.replace(partial, path)
+    return kept

@@ -1,0 +1,520 @@
+"""`fit`: the one training loop.
+
+    open the run folder   lock, recipe, newest checkpoint or fresh state
+    each step             take a batch, dispatch the step, settle the step before it
+    now and then          log line, evaluation, checkpoint
+    whatever ends it      the state on disk is that of a finished step, and the exit code says why
+
+Steps are dispatched one ahead: the metrics of step i are fetched while step i+1 runs. A step whose
+loss or gradient is not finite is refused on the device, and so is the one dispatched after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from data_pipelines.batch import BatchInfo, DataError
+from data_pipelines.protocols.base import EvalResult
+from jaxmods.partitioning import make_mesh
+from jaxmods.system import Params
+from train.canonical import canonical, recipe_hash
+from train.checkpoint import Checkpoints
+from train.evaluate import (
+    Evaluator,
+    as_metrics,
+    check_protocols,
+    run_protocols,
+)
+from train.exits import NonFiniteError, UserError
+from train.experiment import Experiment
+from train.feed import Feed, Ledger
+from train.metrics import Console, Window, Writer, announced, duration
+from train.recipes import Recipe
+from train.results import write_json
+from train.runtime import device_summary, peak_flops, use_compilation_cache, versions
+from train.state import Plan, TrainState, init_state, make_plan
+from train.step import Step, StepOutput, compile_step
+from train.watch import ChangeWatch, StopRequestedError, StopSignal
+from train.workdir import Lock, is_allowed, match_recipe
+
+LOG = logging.getLogger("train")
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+    """How a call of `fit` ended.
+
+    Attributes:
+      status: "finished", or "preempted" (stopped by a signal; the same call continues).
+      step: steps done in all. state: the final state, on its devices.
+      metrics: values of the last log line. results: the last evaluation, by protocol.
+    """
+
+    status: Literal["finished", "preempted"]
+    step: int
+    state: TrainState
+    metrics: dict[str, float]
+    results: dict[str, EvalResult]
+    workdir: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A dispatched step whose metrics have not been looked at."""
+
+    index: int
+    info: BatchInfo
+    output: StepOutput
+
+
+def fit(
+    experiment: Experiment,
+    workdir: Path | str,
+    *,
+    name: str = "",
+    overrides: Sequence[str] = (),
+    allow_change: Sequence[str] = (),
+    quiet: bool = False,
+) -> FitResult:
+    """Train `experiment` in `workdir`, continuing the run that is there.
+
+    Args:
+      name, overrides: how the experiment was named, kept with it.
+      allow_change: dotted paths in which the recipe may differ from the saved one.
+      quiet: no progress bar.
+
+    Raises:
+      UserError: the folder is in use or belongs to another recipe, or settings do not fit.
+      NonFiniteError: NaN or infinity; the state before that step is saved.
+      DataError: the data cannot be used; the state so far is saved.
+    """
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    use_compilation_cache()
+    recipe = Recipe(name, tuple(overrides), experiment)
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(Lock(workdir))
+        stack.enter_context(_log_file(workdir))
+        stop = stack.enter_context(StopSignal())
+        for line in match_recipe(workdir, recipe, allow_change):
+            LOG.info("changed: %s", line)
+        return _Run(recipe, workdir, stop, allow_change, quiet, stack).train()
+
+
+class _Run:
+    """One call of `fit`. Everything that is open while it lasts."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        workdir: Path,
+        stop: StopSignal,
+        allow_change: Sequence[str],
+        quiet: bool,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        """Args: as `fit`; `stack` closes what is opened here, whatever happens."""
+        experiment = recipe.experiment
+        self.recipe, self.experiment = recipe, experiment
+        self.workdir, self.stop, self.quiet = workdir, stop, quiet
+        self.writes = jax.process_index() == 0
+        self.hash = recipe_hash(canonical(experiment))
+        if experiment.steps < 1 or experiment.logging.every < 1 or experiment.checkpoint.every < 1:
+            raise UserError("steps, logging.every, checkpoint.every: expected 1 or more")
+        try:
+            self.mesh = make_mesh(experiment.mesh)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.plan: Plan = make_plan(experiment, self.mesh)
+        self.evaluator = Evaluator(self.plan, stop.asked)
+        check_protocols(experiment.evaluation.protocols, self.evaluator.names)
+        self.fingerprint = experiment.data.fingerprint()
+        self.checkpoints = Checkpoints(workdir, experiment.checkpoint)
+        stack.callback(self.checkpoints.close)
+        self.stack = stack
+        self.feed: Feed | None = None
+        self.console: Console | None = None
+        self.state, self.start, info = self._open_state(allow_change)
+        folder = workdir if self.writes else None
+        self.ledger = Ledger(folder, info.get("counters"), self.start)
+        stack.callback(self.ledger.close)
+        self.window = Window(info.get("window"))
+        self.elapsed: float = info.get("elapsed", 0.0)
+        self.still: list[str] | None = info.get("unchanged")
+        self.writer = (
+            Writer(workdir, step=self.start, tensorboard=experiment.logging.tensorboard)
+            if self.writes
+            else None
+        )
+        if self.writer is not None:
+            stack.callback(self.writer.close)
+        self.last: dict[str, float] = {}
+        self.results: dict[str, EvalResult] = {}
+        self.evaluated = -1  # step of `results`
+        self._clock = time.perf_counter()
+        self._paused = 0.0
+        self._steps_in_line = 0
+
+    def _open_state(self, allow_change: Sequence[str]) -> tuple[TrainState, int, dict[str, Any]]:
+        """State, its step and the JSON saved with it: from the newest checkpoint, or fresh."""
+        restored = self.checkpoints.restore(self.plan)
+        if restored is None:
+            weights = self.experiment.init.weights
+            state = init_state(self.plan, self._initial_params(weights) if weights else None)
+            self.checkpoints.begin(state)
+            return state, 0, {}
+        self.checkpoints.set_aside(restored.skipped)
+        info = restored.info
+        if info["data"] != self.fingerprint and not is_allowed("data", allow_change):
+            raise UserError(
+                f"{self.workdir}: the data is not what this run was trained on (fingerprint "
+                f"{info['data']} → {self.fingerprint}); put the old data back, give another "
+                "--workdir, or accept it with --allow-change data"
+            )
+        changed = {
+            k: (v, versions().get(k)) for k, v in info["versions"].items() if versions().get(k) != v
+        }
+        if changed:
+            LOG.info(
+                "other versions than when this run was saved: %s",
+                ", ".join(f"{k} {a} → {b}" for k, (a, b) in changed.items()),
+            )
+        if restored.step > self.experiment.steps:
+            raise UserError(
+                f"{self.workdir}: already at step {restored.step}, beyond steps="
+                f"{self.experiment.steps}"
+            )
+        LOG.info("continuing from step %d of %d", restored.step, self.experiment.steps)
+        return restored.state, restored.step, info
+
+    def _initial_params(self, weights: str) -> Params:
+        from train.interchange import read_params  # reads PyTorch files: only when asked for
+
+        target = self.plan.abstract_sharded().params
+        return read_params(self.experiment.system, Path(weights).expanduser(), like=target)
+
+    # The loop
+
+    def train(self) -> FitResult:
+        """Run to the last step or to a signal."""
+        total = self.experiment.steps
+        self._describe()
+        try:
+            if self._evaluation_due(self.start) and not self._has_results(self.start):
+                self._evaluate(self.start)
+            if self.start < total:
+                with announced(f"compiling train step for {self.mesh.size} device(s)"):
+                    step = compile_step(self.plan)
+                self._steps(step, total)
+            status: Literal["finished", "preempted"] = "finished"
+        except StopRequestedError:
+            self._save()
+            status = "preempted"
+            LOG.info(
+                "stopped by %s at step %d, saved; the same command continues",
+                self.stop.name,
+                int(self.state.step),
+            )
+        self.checkpoints.wait()
+        self._summarise(status)
+        return FitResult(
+            status, int(self.state.step), self.state, self.last, self.results, self.workdir
+        )
+
+    def _steps(self, step: Step, total: int) -> None:
+        experiment = self.experiment
+        watch = ChangeWatch(
+            step.trained_names, step.trained_labels, self.plan.groups, self.still, self.start
+        )
+        self.feed = Feed(
+            experiment.data,
+            experiment.system.batch_spec(experiment.batch_size),
+            step.batch_shardings,
+            global_batch=experiment.batch_size,
+            seed=experiment.seed,
+            start_step=self.start,
+        )
+        self.stack.callback(self.feed.close)
+        self.console = Console(total, self.start, quiet=self.quiet)
+        self.stack.callback(self.console.close)
+        self._restart_clock()
+        pending: _Pending | None = None
+        for index in range(self.start, total):
+            try:
+                batch = self.feed.take()
+            except DataError:
+                if pending is not None:
+                    self._settle(step, watch, pending)
+                self._save()
+                raise
+            self.state, output = step.run(self.state, batch.arrays, np.asarray(index, np.int32))
+            if pending is not None:
+                self._settle(step, watch, pending)
+            pending = _Pending(index, batch.info, output)
+            done = index + 1
+            stopping = self.stop.agreed(done)
+            if not (stopping or self._boundary(done)):
+                continue
+            self._settle(step, watch, pending)
+            pending = None
+            self._at_boundary(done, stopping)
+
+    def _boundary(self, done: int) -> bool:
+        return (
+            done == self.experiment.steps
+            or done % self.experiment.logging.every == 0
+            or done % self.experiment.checkpoint.every == 0
+            or self._evaluation_due(done)
+        )
+
+    def _at_boundary(self, done: int, stopping: bool) -> None:
+        """Log, evaluate and save, whichever is due after `done` steps; all of them settled."""
+        experiment = self.experiment
+        last = done == experiment.steps
+        if last or done % experiment.logging.every == 0:
+            self._log(done)
+        begun = time.perf_counter()
+        if stopping and not last:
+            raise StopRequestedError
+        if self._evaluation_due(done):
+            self._evaluate(done)
+        if last or done % experiment.checkpoint.every == 0:
+            self._save()
+        self._paused += time.perf_counter() - begun
+
+    def _settle(self, step: Step, watch: ChangeWatch, pending: _Pending) -> None:
+        """Look at a step that was dispatched: refuse what is not finite, count what was used."""
+        scalars = np.asarray(pending.output.scalars)
+        metrics = step.metrics(scalars)
+        if scalars[0] == 0.0:
+            self._refuse(pending, metrics)
+        self.ledger.enter(pending.info, pending.index)
+        self.window.add(metrics)
+        self._steps_in_line += 1
+        done = pending.index + 1
+        if self.console is not None:
+            self.console.advance(done)
+        if watch.active:
+            watch.enter(np.asarray(pending.output.changes), done)
+        self.still = watch.state()
+
+    def _refuse(self, pending: _Pending, metrics: dict[str, float]) -> None:
+        """The step was not applied: save the state before it, name its records, stop."""
+        self._save()
+        self.checkpoints.wait()
+        ids = pending.info.record_ids
+        bad = {k: v for k, v in metrics.items() if not np.isfinite(v)}
+        if self.writes:
+            write_json(
+                self.workdir / "nonfinite.json",
+                {"step": pending.index, "record_ids": ids, "metrics": metrics},
+            )
+        shown = ", ".join(f"{k} {v}" for k, v in bad.items())
+        listed = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+        raise NonFiniteError(
+            f"step {pending.index} is not finite ({shown}): its update was refused and the state "
+            f"before it saved. Records of the batch: {listed or 'the pipeline gives no ids'} "
+            f"(all in {self.workdir / 'nonfinite.json'}). Look at them, or lower optim.lr and "
+            "continue with --allow-change optim.lr",
+            pending.index,
+            ids,
+        )
+
+    # What happens now and then
+
+    def _log(self, done: int) -> None:
+        now = time.perf_counter()
+        busy = max(now - self._clock - self._paused, 1e-9)
+        self.elapsed += busy
+        values = self.window.take()
+        if self._steps_in_line:
+            rate = self._steps_in_line * self.experiment.batch_size / busy
+            values["examples_per_second"] = rate
+            values["data_wait"] = min(self.feed.waited / busy, 1.0) if self.feed else 0.0
+            flops, peak = self.experiment.system.flops_per_example(), peak_flops()
+            if flops and peak:
+                values["mfu"] = rate * flops / peak
+        stats = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in stats:
+            values["peak_memory_gib"] = stats["peak_bytes_in_use"] / 2**30
+        self.last = values
+        if self.writer is not None:
+            self.writer.write(done, values)
+            write_json(self.workdir / "counters.json", self.ledger.state())
+        if self.console is not None:
+            self.console.report(done, values)
+        line = self.ledger.line()
+        if line:
+            LOG.info(line)
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._clock, self._paused, self._steps_in_line = time.perf_counter(), 0.0, 0
+        if self.feed is not None:
+            self.feed.waited = 0.0
+
+    def _evaluation_due(self, done: int) -> bool:
+        evaluation = self.experiment.evaluation
+        if not evaluation.protocols:
+            return False
+        if done == self.experiment.steps:
+            return True
+        if done == 0:
+            return evaluation.at_start
+        return evaluation.every > 0 and done % evaluation.every == 0
+
+    def _has_results(self, step: int) -> bool:
+        path = self.workdir / "eval" / f"{step}.json"
+        if not path.exists():
+            return False
+        there = {r["protocol"] for r in json.loads(path.read_text(encoding="utf-8"))["results"]}
+        return there >= {p.name for p in self.experiment.evaluation.protocols}
+
+    def _evaluate(self, step: int) -> None:
+        self.results = run_protocols(
+            self.evaluator,
+            self.state.averaged,
+            self.experiment.evaluation.protocols,
+            folder=self.workdir if self.writes else None,
+            step=step,
+            panels=step in (0, self.experiment.steps),
+        )
+        self.evaluated = step
+        if self.writer is not None:
+            values = {f"eval/{k}": v for k, v in as_metrics(self.results).items()}
+            self.writer.write(step, values)
+
+    def _save(self) -> None:
+        """Begin a checkpoint of the present state; all its steps are settled."""
+        if self.writer is not None:
+            self.writer.flush()
+        self.ledger.flush()
+        step = int(self.state.step)
+        info = {
+            "recipe": self.recipe.name,
+            "recipe_hash": self.hash,
+            "versions": versions(),
+            "device": device_summary(),
+            "data": self.fingerprint,
+            "next_step": step,
+            "seed": self.experiment.seed,
+            "batch_size": self.experiment.batch_size,
+            "counters": self.ledger.state(),
+            "window": self.window.state(),
+            "unchanged": self.still,
+            "elapsed": self.elapsed,
+        }
+        best = as_metrics(self.results) if self.evaluated == step else None
+        self.checkpoints.save(self.state, info, best)
+
+    def _describe(self) -> None:
+        """The first lines of a log: what is trained, on what."""
+        device, groups = device_summary(), self.plan.groups
+        shape = "×".join(f"{k} {v}" for k, v in self.mesh.shape.items() if v > 1) or "one device"
+        LOG.info(
+            "%s (%s): %d steps of %d examples on %d %s (%s)",
+            self.recipe.name or type(self.experiment.system).__name__,
+            self.hash,
+            self.experiment.steps,
+            self.experiment.batch_size,
+            device["devices"],
+            device["kind"],
+            shape,
+        )
+        LOG.info(
+            "parameters: %s trained in %s, %s frozen",
+            f"{_count(self.plan.abstract.trained):,}",
+            ", ".join(groups),
+            f"{_count(self.plan.abstract.frozen):,}",
+        )
+        splits = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        if self.experiment.batch_size % splits:
+            LOG.warning(
+                "batch_size %d cannot be split over %d devices (data×fsdp): each computes more "
+                "than its share; choose a multiple of %d",
+                self.experiment.batch_size,
+                splits,
+                splits,
+            )
+
+    def _summarise(self, status: str) -> None:
+        if not self.writes:
+            return
+        newest = self._newest_evaluation()
+        write_json(
+            self.workdir / "summary.json",
+            {
+                "recipe": self.recipe.name,
+                "recipe_hash": self.hash,
+                "status": status,
+                "step": int(self.state.step),
+                "steps": self.experiment.steps,
+                "examples": int(self.state.step) * self.experiment.batch_size,
+                "training_seconds": self.elapsed,
+                "metrics": self.last or self._last_line(),
+                "evaluation": newest,
+                "counters": self.ledger.state(),
+                "data": self.experiment.data.describe(),
+                "parameters": {
+                    "trained": _count(self.plan.abstract.trained),
+                    "frozen": _count(self.plan.abstract.frozen),
+                },
+                "versions": versions(),
+                "device": device_summary(),
+            },
+        )
+        write_json(self.workdir / "counters.json", self.ledger.state())
+        LOG.info(
+            "%s at step %d after %s of training; %s",
+            status,
+            int(self.state.step),
+            duration(self.elapsed),
+            self.workdir,
+        )
+
+    def _newest_evaluation(self) -> dict[str, Any] | None:
+        files = [p for p in (self.workdir / "eval").glob("*.json") if p.stem.isdigit()]
+        if not files:
+            return None
+        newest = max(files, key=lambda p: int(p.stem))
+        return json.loads(newest.read_text(encoding="utf-8"))
+
+    def _last_line(self) -> dict[str, Any]:
+        lines = (self.workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        training = [entry for entry in map(json.loads, lines) if "loss" in entry]
+        return training[-1] if training else {}
+
+
+def _count(tree: Params) -> int:
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+@contextlib.contextmanager
+def _log_file(workdir: Path) -> Iterator[None]:
+    """Everything that is logged also goes to `log.txt` (`log.<i>.txt` on other processes)."""
+    process = jax.process_index()
+    handler = logging.FileHandler(
+        workdir / (f"log.{process}.txt" if process else "log.txt"), encoding="utf-8"
+    )
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    LOG.setLevel(logging.INFO)
+    LOG.addHandler(handler)
+    try:
+        yield
+    except Exception:
+        LOG.debug("ended by an error", exc_info=True)
+        raise
+    finally:
+        LOG.removeHandler(handler)
+        handler.close()

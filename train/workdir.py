@@ -1,0 +1,161 @@
+"""A run folder: who may write in it, and whether it belongs to this recipe."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from train.canonical import differences, show
+from train.exits import UserError
+from train.recipes import RECIPE_FILE, Recipe, read_document
+
+LOG = logging.getLogger("train")
+
+_HEARTBEAT = 15.0  # seconds between signs of life
+_SILENT = 120.0  # a lock of another host this long without one is stale
+
+
+class Lock:
+    """Only one job writes to a run folder.
+
+    The lock file is held with `flock`, which ends with the process however it ends; it names the
+    holder's pid and host and is touched every 15 s, so that a job on another host that shares the
+    folder without sharing locks is recognised too.
+
+    Raises:
+      UserError: another job holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "lock"
+        self._stop = threading.Event()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = self._holder()
+            self._file.close()
+            raise UserError(self._refusal(holder)) from None
+        holder = self._holder()
+        if holder:
+            age = time.time() - self._path.stat().st_mtime
+            if holder.get("host") != socket.gethostname() and age < _SILENT:
+                self._file.close()
+                raise UserError(self._refusal(holder))
+            LOG.warning(
+                "stale lock of process %s on %s (it ended without releasing it): taken over",
+                holder.get("pid"),
+                holder.get("host"),
+            )
+        self._write({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
+        self._thread = threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Give the folder back."""
+        if not self._stop.is_set():
+            self._stop.set()
+            self._thread.join()
+            self._write(None)
+            self._file.close()
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def _refusal(self, holder: dict[str, Any]) -> str:
+        return (
+            f"{self._path.parent}: in use by process {holder.get('pid', '?')} on "
+            f"{holder.get('host', '?')}; wait for it, stop it, or give another --workdir"
+        )
+
+    def _holder(self) -> dict[str, Any]:
+        self._file.seek(0)
+        try:
+            value = json.loads(self._file.read() or "{}")
+        except json.JSONDecodeError:
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def _write(self, value: dict[str, Any] | None) -> None:
+        self._file.seek(0)
+        self._file.truncate()
+        if value is not None:
+            self._file.write(json.dumps(value))
+        self._file.flush()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(_HEARTBEAT):
+            os.utime(self._path)
+
+
+def match_recipe(folder: Path, recipe: Recipe, allowed: Sequence[str]) -> list[str]:
+    """Save the recipe with a new run, or hold it against the one saved with an old run.
+
+    Args:
+      allowed: dotted paths whose differences (and those inside them) are accepted; the saved
+        recipe is then replaced and the old one kept as `recipe.<n>.json`.
+
+    Returns:
+      The accepted differences as lines `path: old → new`; empty when there are none.
+
+    Raises:
+      UserError: differences that are not allowed, each as a line, and how to go on.
+    """
+    path = folder / RECIPE_FILE
+    document = recipe.document()
+    if not path.exists():
+        write_text(path, _dump(document))
+        return []
+    saved = read_document(path)
+    found = differences(saved["experiment"], document["experiment"])
+    if not found:
+        return []
+    lines = {p: f"{p}: {show(a)} → {show(b)}" for p, (a, b) in found.items()}
+    refused = [p for p in lines if not is_allowed(p, allowed)]
+    if refused:
+        listing = "\n".join(f"  {lines[p]}" for p in refused)
+        raise UserError(
+            f"{folder} holds a run of another recipe ({saved['recipe']}). Differences:\n{listing}\n"
+            "To go on: give another --workdir for a new run; or repeat the command of the saved "
+            f"run; or accept each difference with --allow-change {' '.join(refused)}"
+        )
+    number = 1
+    while (folder / f"recipe.{number}.json").exists():
+        number += 1
+    write_text(folder / f"recipe.{number}.json", path.read_text(encoding="utf-8"))
+    write_text(path, _dump(document))
+    return list(lines.values())
+
+
+def is_allowed(path: str, allowed: Sequence[str]) -> bool:
+    """Whether a difference at `path` is covered by one of the allowed paths."""
+    return any(path == a or path.startswith(f"{a}.") for a in allowed)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file at once: readers see the old or the new content, never a part."""
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _dump(document: dict[str, Any]) -> str:
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
