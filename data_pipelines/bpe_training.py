@@ -2,6 +2,11 @@
 
   python -m data_pipelines.bpe_training --texts captions.txt --vocab-size 2048 --out FOLDER
 
+The tokenizer of the scene world that comes with the package (`tokenizer_scene/`) is made by
+
+  python -m data_pipelines.bpe_training --scenes 3000 --vocab-size 1024 \
+      --out data_pipelines/tokenizer_scene
+
 The vocabulary has CLIP's layout: 256 byte symbols, the same with `</w>`, one token per merge, then
 bos and eos as the two highest ids. Every Unicode text can be encoded, by bytes where no merge fits.
 """
@@ -9,9 +14,10 @@ bos and eos as the two highest ids. Every Unicode text can be encoded, by bytes 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from data_pipelines.tokenizers import (
@@ -29,8 +35,8 @@ from data_pipelines.tokenizers import (
 Pair = tuple[str, str]
 
 
-def train_clip_bpe(texts: Iterable[str], vocab_size: int) -> ClipTokenizer:
-    """A tokenizer of at most `vocab_size` tokens learnt from `texts`.
+def train_clip_bpe(texts: Iterable[str] | Mapping[str, int], vocab_size: int) -> ClipTokenizer:
+    """A tokenizer of at most `vocab_size` tokens learnt from `texts` (or texts with counts).
 
     The most frequent pair of neighbouring symbols is merged until the vocabulary is full or no pair
     occurs twice (then it is smaller). Equal counts are resolved by the pair itself, so the result
@@ -47,7 +53,10 @@ def train_clip_bpe(texts: Iterable[str], vocab_size: int) -> ClipTokenizer:
             f"vocab_size: expected at least {len(base) + 3} (byte symbols, bos, eos, one merge), "
             f"found {vocab_size}"
         )
-    counts = Counter(piece for text in texts for piece in split_pieces(clean(text)))
+    counts: Counter[str] = Counter()
+    for text, times in Counter(texts).items():
+        for piece in split_pieces(clean(text)):
+            counts[piece] += times
     merges = _learn([(word_symbols(w), n) for w, n in sorted(counts.items())], budget)
     # Two merges may give the same token; it has one id.
     tokens = dict.fromkeys([*base, *(a + b for a, b in merges), BOS, EOS])
@@ -85,17 +94,44 @@ def _learn(words: list[tuple[list[str], int]], budget: int) -> list[Pair]:
     return merges
 
 
+def scene_texts(count: int) -> Counter[str]:
+    """All texts of `count` scenes with counts. English ones weigh a million times more, so that
+    every English word is a token before what is left of the vocabulary goes to Chinese."""
+    from data_pipelines.scenes import Scenes
+
+    found: Counter[str] = Counter()
+    english = Scenes(count=count, image_size=16, short_captions=3)
+    chinese = dataclasses.replace(english, language="zh")
+    for source, times in ((english, 1_000_000), (chinese, 1)):
+        for index in range(count):
+            record = source[index]
+            texts = [*record.short_captions, record.long_caption]
+            for region in record.regions:
+                texts += [region.phrase, region.long_phrase, *region.negatives]
+            for text in texts:
+                found[text or ""] += times
+    return found
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Command line: one text per line in, a tokenizer folder out."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--texts", type=Path, required=True, help="UTF-8 file, one text per line")
+    """Command line: texts in, a tokenizer folder out."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog="example: python -m data_pipelines.bpe_training --texts captions.txt --out FOLDER",
+    )
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--texts", type=Path, help="UTF-8 file, one text per line")
+    given.add_argument("--scenes", type=int, metavar="N", help="texts of N scenes instead")
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     options = parser.parse_args(arguments)
-    lines = options.texts.read_text("utf-8").splitlines()
-    tokenizer = train_clip_bpe(lines, options.vocab_size)
+    if options.texts is not None:
+        texts = Counter(options.texts.read_text("utf-8").splitlines())
+    else:
+        texts = scene_texts(options.scenes)
+    tokenizer = train_clip_bpe(texts, options.vocab_size)
     tokenizer.save(options.out)
-    print(f"{tokenizer.vocab_size} tokens from {len(lines):,} texts in {options.out}")
+    print(f"{tokenizer.vocab_size} tokens in {options.out}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ K hard slots per pack group, M negatives.
   hard_text_mask  bool    [B/g, K, 1+M]      which of the texts exist
   hard_mask       bool    [B/g, K]
 
-The box arrays are absent when N is 0, the hard arrays when K is 0.
+All arrays are always there; with N = 0 or K = 0 they are empty.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def encode_example(
     picked = choices.regions
     if picked is None:
         picked = tuple(range(min(len(record.regions), layout.max_boxes)))
-    if layout.max_boxes and len(record.regions) > len(picked):
+    if layout.max_boxes and len(record.regions) > len(picked):  # N = 0: boxes are not wanted
         cut["boxes"] += len(record.regions) - len(picked)
     wants_long = choices.long_phrase + (False,) * (len(picked) - len(choices.long_phrase))
     box_text, hard = [], []
@@ -163,10 +163,8 @@ def collate(
         "text_long": np.stack([e.text_long for e in examples]),
     }
     empty, _ = encode(tokenizer, "", layout.context_short)
-    if layout.max_boxes:
-        arrays.update(_box_arrays(examples, layout, empty))
-    if layout.pack_slots:
-        arrays.update(_hard_arrays(examples, layout, empty, cut))
+    arrays.update(_box_arrays(examples, layout, empty))
+    arrays.update(_hard_arrays(examples, layout, empty, cut))
     return arrays, dict(cut)
 
 

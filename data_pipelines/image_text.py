@@ -70,8 +70,8 @@ class ImageTextPipeline(Pipeline):
       tokenizer: a Hugging Face folder with CLIP's vocab.json and merges.txt (or tokenizer.json);
         "scene" is the small tokenizer of the scene world that comes with this package.
       image_size: S. context_short, context_long: text lengths Ls, Ll.
-      max_boxes: N, 0 for batches without box arrays. negatives: M.
-      hard_pack_images, hard_pack_slots: g and K; K = 0 for batches without hard arrays.
+      max_boxes: N, 0 for training on captions alone. negatives: M.
+      hard_pack_images, hard_pack_slots: g and K; K = 0 for none.
       short_prefix: put before short captions (spec section 5; training only).
       short_caption: which of several short captions, drawn anew each epoch or always the first.
       region_phrase: box text; "random" draws between short and long phrase per box.
@@ -157,7 +157,7 @@ class ImageTextPipeline(Pipeline):
     ) -> Iterator[HostBatch]:
         """See `Pipeline.batches`. Pixels are uint8; the training step normalises them."""
         local = global_batch // max(process_count, 1)
-        if self.hard_pack_slots and local % self.hard_pack_images:
+        if local % self.hard_pack_images:
             raise ValueError(
                 f"batch of {global_batch} over {process_count} processes is {local} each: expected "
                 f"a multiple of hard_pack_images={self.hard_pack_images}"

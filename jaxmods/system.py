@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 if TYPE_CHECKING:
     from jaxmods.weights import WeightMap
@@ -136,6 +137,18 @@ class System(abc.ABC):
         """Tree like `params` of bools: whether weight decay applies (default: matrices only)."""
         return jax.tree.map(lambda p: len(p.shape) > 1, params)
 
+    def check_constants(self, constants: Mapping[str, np.ndarray]) -> None:
+        """Whether arrays from `Pipeline.constants` fit this system, beyond their shapes.
+
+        Raises:
+          ValueError: naming the fields that have to change, and to what.
+        """
+        if constants:
+            raise ValueError(
+                f"{type(self).__name__}: takes no constants from the data, found "
+                f"{', '.join(sorted(constants))}"
+            )
+
     @abc.abstractmethod
     def loss(
         self, params: Params, state: State, batch: Batch, rng: Array, step: Array
@@ -152,6 +165,12 @@ class System(abc.ABC):
         Evaluation protocols, reports, `export --verify` and preflight use a model only through
         these, by name (for dual encoders: `image_features`, `text_features_short`, ...).
         """
+        return {}
+
+    def function_inputs(self, batch_size: int) -> dict[str, dict[str, ArraySpec]]:
+        """What the named functions take besides params for `batch_size` rows, by function and
+        argument, in order. Preflight compiles the functions that are listed here."""
+        del batch_size
         return {}
 
     @abc.abstractmethod

@@ -71,10 +71,8 @@ VALID = np.array([1, 1, 0, 1, 1, 0, 1, 1, 1, 1, 0, 1], bool)
 
 
 @pytest.mark.parametrize("same_text", ["negative", "mask", "positive"])
-@pytest.mark.parametrize("chunk", [1, 5, 12, 100])
-@pytest.mark.parametrize("partial", [False, True])
-@pytest.mark.parametrize("scale", [0.7, 14.3, 300.0])
-def test_equals_dense(same_text: SameText, chunk: int, partial: bool, scale: float) -> None:
+@pytest.mark.parametrize(("chunk", "partial"), [(1, True), (5, True), (5, False), (100, False)])
+def test_equals_dense(same_text: SameText, chunk: int, partial: bool) -> None:
     x, y = draw(12)
     valid = VALID if partial else None
     text = hash_texts(jnp.asarray(GROUP)[:, None])
@@ -82,11 +80,13 @@ def test_equals_dense(same_text: SameText, chunk: int, partial: bool, scale: flo
     def loss(x: jax.Array, y: jax.Array, scale: jax.Array) -> jax.Array:
         return info_nce(x, y, scale, same_text=same_text, text=text, valid=valid, chunk=chunk).loss
 
-    value, grads = value_and_grads(loss, x, y, jnp.float32(scale))
-    expected, *expected_grads = dense(x, y, scale, same_text, GROUP, valid)
-    np.testing.assert_allclose(value, expected, rtol=2e-5)
-    for found, wanted in zip(grads, expected_grads, strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=2e-6 * max(scale, 1))
+    step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+    for scale in (0.7, 14.3, 300.0):
+        value, grads = step(x, y, jnp.float32(scale))
+        expected, *expected_grads = dense(x, y, scale, same_text, GROUP, valid)
+        np.testing.assert_allclose(value, expected, rtol=2e-5)
+        for found, wanted in zip(grads, expected_grads, strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=2e-6 * max(scale, 1))
 
 
 def test_no_valid_pairs_give_zero() -> None:
@@ -181,9 +181,17 @@ def test_sharded_equals_dense(shape: MeshShape, same_text: SameText) -> None:
     np.testing.assert_allclose(value, expected, rtol=2e-5)
     for found, wanted in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=2e-5)
-    alone = info_nce(x, y, jnp.float32(11.0), same_text=same_text, text=text, valid=valid)
-    assert float(out.accuracy_rows) == pytest.approx(float(alone.accuracy_rows))
-    assert float(out.accuracy_columns) == pytest.approx(float(alone.accuracy_columns))
+    scores = np.where(valid[:, None] & valid[None], np.float32(11.0) * x @ y.T, -np.inf)
+    same = (group[:, None] == group[None]) & (same_text != "negative") | np.eye(48, dtype=bool)
+    share = same / np.where(valid, same, 0).sum(axis=1, keepdims=True).clip(1)
+    for axis, accuracy in ((1, out.accuracy_rows), (0, out.accuracy_columns)):
+        finite = np.where(np.isfinite(scores), scores, 0)
+        own = np.diag(finite)
+        if same_text == "positive":
+            own = (finite * share).sum(axis=1) if axis == 1 else (finite * share.T).sum(axis=0)
+        best_other = np.where(same, -np.inf, scores).max(axis=axis)
+        hits = (own > best_other)[valid].mean()
+        assert float(accuracy) == pytest.approx(hits, abs=1e-6)
 
 
 def buffer_sizes(hlo: str) -> set[int]:

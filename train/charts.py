@@ -10,7 +10,7 @@ from collections.abc import Sequence
 Point = tuple[float, float]
 
 _WIDTH, _HEIGHT = 330.0, 168.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 10.0, 10.0, 22.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 14.0, 10.0, 22.0
 _MOST_POINTS = 400
 _SMOOTH_FROM = 40
 
@@ -24,12 +24,14 @@ class Curve:
       points: (step, value), ascending by step; None breaks the line (a value that was not finite).
       chance: level drawn as a dashed line.
       percent: the values are fractions 0..1.
+      noisy: many points are shown faint under their moving average.
     """
 
     title: str
     points: Sequence[tuple[float, float | None]]
     chance: float | None = None
     percent: bool = False
+    noisy: bool = True
 
 
 def number(value: float, percent: bool = False) -> str:
@@ -70,16 +72,14 @@ def thin(points: Sequence[tuple[float, float | None]], most: int = _MOST_POINTS)
 
 
 def smooth(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
-    """Exponential moving average over about a fifteenth of the points, unbiased at the start."""
-    keep = 1.0 - 1.0 / max(2.0, len(points) / 15)
-    total, weight = 0.0, 0.0
+    """Mean over neighbours on both sides, about a fifteenth of the points in all: a curve that
+    neither lags nor leads."""
+    reach = max(1, len(points) // 30)
     out: list[tuple[float, float | None]] = []
-    for x, y in points:
-        if y is None:
-            out.append((x, None))
-            continue
-        total, weight = keep * total + (1 - keep) * y, keep * weight + (1 - keep)
-        out.append((x, total / weight))
+    for n, (x, y) in enumerate(points):
+        near = min(reach, n, len(points) - 1 - n)
+        known = [v for _, v in points[n - near : n + near + 1] if v is not None]
+        out.append((x, None if y is None else sum(known) / len(known)))
     return out
 
 
@@ -136,9 +136,10 @@ def line_chart(curve: Curve) -> str:
             f"{number(level, curve.percent).replace(' ', '')}</text>"
         )
     for step in ticks(*place.x_range, most=3):
+        anchor = "end" if place.x(step) > _WIDTH - _RIGHT - 14 else "middle"
+        x = min(place.x(step), _WIDTH - 2)
         parts.append(
-            f'<text x="{place.x(step):.1f}" y="{_HEIGHT - 6}" text-anchor="middle">'
-            f"{number(step)}</text>"
+            f'<text x="{x:.1f}" y="{_HEIGHT - 6}" text-anchor="{anchor}">{number(step)}</text>'
         )
     if curve.chance is not None:
         y = place.y(curve.chance)
@@ -149,7 +150,7 @@ def line_chart(curve: Curve) -> str:
             "chance</text>"
         )
     shown = thin(curve.points)
-    many = len(shown) >= _SMOOTH_FROM
+    many = curve.noisy and len(shown) >= _SMOOTH_FROM
     parts.append(f'<path class="{"faint" if many else "curve"}" d="{_path(shown, place)}"/>')
     if many:
         parts.append(f'<path class="curve" d="{_path(smooth(shown), place)}"/>')

@@ -6,7 +6,8 @@ A run folder holds
     frozen/                                       parameters that never change, written once
 
 Restoring always targets the shapes and shardings of the abstract state of the present run, never
-what was stored, so a run continues on another number of devices.
+what was stored, so a run continues on another number of devices. A digest of every tensor is saved
+and compared, because the storage format itself lets a flipped bit through.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keeping
@@ -37,6 +39,7 @@ FROZEN_FOLDER = "frozen"
 _TENSORS = "params"
 _FACTS = "params.json"
 _SEPARATOR = "/"
+_INFO, _DIGESTS = "info", "digests"
 
 
 def to_flat(tree: Any) -> dict[str, Any]:
@@ -122,10 +125,13 @@ class Checkpoints:
             return
         name = self._policy.keep_best
         metrics = {name: best[name]} if name and best and name in best else None
-        items = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
+        flat = _items(state)
+        items = {k: ocp.args.StandardSave(v) for k, v in flat.items()}
         self._manager.save(
             step,
-            args=ocp.args.Composite(**items, info=ocp.args.JsonSave(info)),
+            args=ocp.args.Composite(
+                **items, info=ocp.args.JsonSave({_INFO: info, _DIGESTS: digests(flat)})
+            ),
             metrics=metrics,
             force=True,
         )
@@ -191,8 +197,7 @@ class Checkpoints:
 
     def _restore_step(self, step: int, plan: Plan, skipped: tuple[int, ...]) -> Restored:
         target = plan.abstract_sharded()
-        info = self._manager.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore()))
-        read = self._read(step, _items(target))
+        info, read = self._read(step, _items(target))
         train = read["train"]
         state = TrainState(
             trained=_nested(read["trained"]),
@@ -203,21 +208,27 @@ class Checkpoints:
             rng=train["rng"],
             ema=_nested(read["ema"]) if target.ema else {},
         )
-        return Restored(step, state, info["info"], skipped)
+        return Restored(step, state, info[_INFO], skipped)
 
     def _restore_params(self, step: int, plan: Plan) -> Params:
         target = plan.abstract_sharded()
         item = "ema" if target.ema else "trained"
-        read = self._read(step, {item: _items(target)[item]})
+        _, read = self._read(step, {item: _items(target)[item]})
         return merge(_nested(read[item]), self._read_frozen(target))
 
-    def _read(self, step: int, wanted: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def _read(
+        self, step: int, wanted: dict[str, dict[str, Any]]
+    ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        """The JSON of a checkpoint and the wanted items, compared with their digests."""
+        info = self._manager.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore()))
         stored = self._manager.item_metadata(step)
         for item, flat in wanted.items():
             _compare(flat, stored[item], f"checkpoint {step} of {self._folder}, {item}")
         items = {item: ocp.args.StandardRestore(flat) for item, flat in wanted.items()}
         read = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return {item: read[item] for item in wanted}
+        for item in wanted:
+            _check_digests(read[item], info["info"][_DIGESTS][item])
+        return info["info"], {item: read[item] for item in wanted}
 
     def _read_frozen(self, target: TrainState) -> Params:
         return load_params(self._frozen, target.frozen) if target.frozen else {}
@@ -264,6 +275,45 @@ def _compare(expected: dict[str, Any], stored: Any, where: str) -> None:
         )
 
 
+class DamagedError(RuntimeError):
+    """Stored tensors are not those that were saved."""
+
+
+@jax.jit
+def _digest(leaves: list[jax.Array]) -> list[jax.Array]:
+    """uint32 per tensor: sum of its words, each times an odd number that depends on its place.
+
+    Whole-number arithmetic modulo 2^32, so the result does not depend on how a tensor is split
+    over devices, and one changed word always changes it.
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}.get(x.dtype.itemsize)
+        if x.dtype == jnp.bool_ or width is None:
+            x, width = x.astype(jnp.uint32), jnp.uint32
+        words = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
+        place = jnp.zeros(x.shape, jnp.uint32)
+        for axis, size in enumerate(x.shape):
+            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
+
+    return [one(x) for x in leaves]
+
+
+def digests(flat: dict[str, Any]) -> dict[str, Any]:
+    """Digest of every tensor of a flat tree (or of a dict of flat trees)."""
+    leaves, structure = jax.tree.flatten(flat)
+    return jax.tree.unflatten(structure, [int(x) for x in jax.device_get(_digest(leaves))])
+
+
+def _check_digests(flat: dict[str, Any], saved: dict[str, int]) -> None:
+    """Raise DamagedError naming tensors that differ from what was saved."""
+    found = digests(flat)
+    wrong = [name for name, value in found.items() if value != saved[name]]
+    if wrong:
+        raise DamagedError(f"damaged: {', '.join(wrong[:5])}")
+
+
 def save_params(folder: Path, params: Params, facts: dict[str, Any]) -> None:
     """Write parameters alone to `folder` (created; parameters that are there are replaced).
 
@@ -273,10 +323,12 @@ def save_params(folder: Path, params: Params, facts: dict[str, Any]) -> None:
     """
     folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    flat = _flat_params(params)
     with ocp.StandardCheckpointer() as writer:
-        writer.save(folder / _TENSORS, _flat_params(params), force=True)
+        writer.save(folder / _TENSORS, flat, force=True)
+    sums = digests(flat)
     if jax.process_index() == 0:
-        text = json.dumps(facts, indent=1, ensure_ascii=False)
+        text = json.dumps({**facts, _DIGESTS: sums}, indent=1, ensure_ascii=False)
         (folder / _FACTS).write_text(text + "\n", encoding="utf-8")
 
 
@@ -301,10 +353,17 @@ def load_params(folder: Path, like: Params | None = None) -> Params:
                 for name, entry in stored.tree.items()
             }
             read = reader.restore(folder / _TENSORS, flat)
-            return _nested({name: np.asarray(value) for name, value in read.items()})
-        flat = _flat_params(like)
-        _compare(flat, stored, str(folder))
-        return _nested(reader.restore(folder / _TENSORS, flat))
+        else:
+            flat = _flat_params(like)
+            _compare(flat, stored, str(folder))
+            read = reader.restore(folder / _TENSORS, flat)
+    saved = _read_json(folder / _FACTS).get(_DIGESTS, {})
+    unchanged = {k: v for k, v in read.items() if v.dtype == stored.tree[k].dtype and k in saved}
+    try:
+        _check_digests(unchanged, saved)
+    except DamagedError as error:
+        raise UserError(f"{folder}: {error}; write the folder again") from error
+    return _nested({k: np.asarray(v) for k, v in read.items()} if like is None else read)
 
 
 def is_params_folder(folder: Path) -> bool:
@@ -314,7 +373,12 @@ def is_params_folder(folder: Path) -> bool:
 
 def read_facts(folder: Path) -> dict[str, Any]:
     """The JSON beside parameters written by `save_params`; empty when there is none."""
-    path = Path(folder) / _FACTS
+    facts = _read_json(Path(folder) / _FACTS)
+    facts.pop(_DIGESTS, None)
+    return facts
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 

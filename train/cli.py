@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from train.exits import ExitCode, UsageError, classify
+from train.preflight import command as preflight
 from train.runtime import settle_platform
 
 LOG = logging.getLogger("train")
@@ -21,6 +22,13 @@ LOG = logging.getLogger("train")
 _CODES = """exit codes:
   0 done   1 error   2 wrong usage   10 stopped by a signal and saved (run again to continue)
   11 host lost   12 out of memory   13 loss not finite   14 data cannot be used"""
+
+_MEMORY = """jaxmods: out of memory. What helps (a saved run also needs --allow-change):
+  --set precision.compute=bfloat16        activations take half
+  --set batch_size=...                    activations shrink with it
+  --set mesh.fsdp=N                       parameters and optimiser split over N devices
+  --set precision.frozen=bfloat16         frozen parameters take half
+jaxmods describe RECIPE shows what parameters, gradients and optimiser take per device."""
 
 _NAMES = "system/recipe (see jaxmods list), or file.py:function for your own"
 
@@ -48,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug or not _expected(error):
             traceback.print_exc()
         print(f"jaxmods: {_message(error)}", file=sys.stderr)
+        if code == ExitCode.OUT_OF_MEMORY:
+            print(_MEMORY, file=sys.stderr)
         return int(code)
 
 
@@ -171,7 +181,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="HF_DIR",
         help="folder or file of safetensors (or a state dict) with the published names",
     )
-    command.add_argument("--to", dest="target", required=True, metavar="DIR", help="new folder")
+    command.add_argument("--to", dest="target", metavar="DIR", help="new folder")
+    command.add_argument(
+        "--dry-run", action="store_true", help="only show, key by key, what fits and what does not"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace what is in --to")
 
     command = add(
         "export",
@@ -193,6 +207,14 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="load what was written, compare with PyTorch where it is installed, verify.json",
     )
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="convert floating tensors (default: as they are)",
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace what is in --to")
+
+    preflight.add_parser(commands)
 
     data = commands.add_parser("data", help="look at data", description="Look at data.")
     data_commands = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -291,8 +313,15 @@ def _report(options: argparse.Namespace) -> int:
 def _import(options: argparse.Namespace) -> int:
     from train import commands
 
+    if options.target is None and not options.dry_run:
+        raise UsageError("import: expected --to DIR, or --dry-run to look only")
     return commands.import_folder(
-        options.recipe, options.settings, options.source, options.target, as_json=options.json
+        options.recipe,
+        options.settings,
+        options.source,
+        None if options.dry_run else options.target,
+        overwrite=options.overwrite,
+        as_json=options.json,
     )
 
 
@@ -305,6 +334,8 @@ def _export(options: argparse.Namespace) -> int:
         options.source,
         options.target,
         verify=options.verify,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
         as_json=options.json,
     )
 

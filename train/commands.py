@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +144,28 @@ def report_run(workdir: str, *, as_json: bool) -> int:
 
 
 def import_folder(
-    name: str, settings: Sequence[str], source: str, target: str, *, as_json: bool
+    name: str,
+    settings: Sequence[str],
+    source: str,
+    target: str | None,
+    *,
+    overwrite: bool,
+    as_json: bool,
 ) -> int:
-    """PyTorch weights to a folder of parameters."""
-    from train.interchange import import_to_folder
+    """PyTorch weights to a folder of parameters; without `target` only the key report."""
+    from train import interchange
 
     recipe = recipes.resolve(name, settings)
+    system = recipe.experiment.system
+    if target is None:
+        report = interchange.dry_run(system, source)
+        _print_json(report) if as_json else print(report)
+        return ExitCode.OK
     facts = {"recipe": recipe.name, "recipe_hash": _hash(recipe), "step": 0}
-    params = import_to_folder(recipe.experiment.system, source, target, facts=facts)
+    with _progress("reading") as progress:
+        params = interchange.import_to_folder(
+            system, source, target, facts=facts, overwrite=overwrite, progress=progress
+        )
     facts = {**facts, "parameters": _count(params), "folder": str(target)}
     if as_json:
         _print_json(facts)
@@ -169,6 +185,8 @@ def export_folder(
     target: str,
     *,
     verify: bool,
+    dtype: str | None,
+    overwrite: bool,
     as_json: bool,
 ) -> int:
     """A run or a folder of parameters to a PyTorch folder."""
@@ -177,11 +195,20 @@ def export_folder(
     recipe, plan = _recipe_and_plan(name, settings)
     params, step = _params_of(Path(source), recipe, plan)
     system = recipe.experiment.system
-    interchange.export_weights(system, params, target, assets=_assets(recipe, Path(source)))
+    with _progress("writing") as progress:
+        interchange.export_weights(
+            system,
+            params,
+            target,
+            assets=_assets(recipe, Path(source)),
+            dtype=dtype,
+            overwrite=overwrite,
+            progress=progress,
+        )
     facts: dict[str, Any] = {"recipe": recipe.name, "step": step, "folder": str(target)}
     passed = True
     if verify:
-        certificate = interchange.verify(system, params, target)
+        certificate = interchange.verify(system, params, target, dtype=dtype)
         facts["verify"], passed = certificate, certificate.passed
     if as_json:
         _print_json(facts)
@@ -215,6 +242,23 @@ def inspect_data(
 
 
 # What several commands share.
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar of bytes on a terminal; None (nothing to call) elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=what, unit="B", unit_scale=True, file=sys.stderr) as bar:
+
+        def show_bytes(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show_bytes
 
 
 def _recipe_and_plan(name: str, settings: Sequence[str]) -> tuple[Recipe, Plan]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import AbstractMesh, Mesh, Sharding
 
-from jaxmods.partitioning import make_mesh
+from data_pipelines.batch import DataError, Pipeline
+from jaxmods.partitioning import MESH_AXES, MeshShape
 from jaxmods.system import FROZEN
 from train.canonical import canonical, recipe_hash
+from train.exits import UserError
 from train.recipes import Recipe
 from train.state import Plan, flatten, make_plan
 from train.step import batch_shardings
@@ -23,7 +25,7 @@ _DEPTH = 2  # levels of module names in the table of parameters
 def describe(recipe: Recipe) -> dict[str, Any]:
     """Facts about a recipe as JSON types; `render` prints them."""
     experiment = recipe.experiment
-    plan = make_plan(experiment, make_mesh(experiment.mesh))
+    plan = make_plan(experiment, _mesh(experiment.mesh))
     spec = experiment.system.batch_spec(experiment.batch_size)
     return {
         "recipe": recipe.name,
@@ -40,11 +42,31 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         },
         "functions": sorted(experiment.system.functions()),
         "protocols": [p.name for p in experiment.evaluation.protocols],
-        "data": {"fingerprint": experiment.data.fingerprint(), **experiment.data.describe()},
+        "data": _data(experiment.data),
         "mesh": dict(plan.mesh.shape),
         "memory": _memory(plan, batch_shardings(plan, spec)),
         "flops_per_example": experiment.system.flops_per_example(),
     }
+
+
+def _mesh(shape: MeshShape) -> Mesh:
+    """The recipe's mesh, whether or not this machine has the devices for it: an open axis (-1)
+    takes this machine's devices where they fit, and is 1 otherwise."""
+    try:
+        sizes = shape.resolve(len(jax.devices()))
+    except ValueError:
+        sizes = (shape.data, shape.fsdp, shape.tensor, shape.context)
+        if any(s == 0 or s < -1 for s in sizes):
+            raise UserError(f"mesh: expected positive sizes or -1, found {shape}") from None
+    known = tuple(max(s, 1) for s in sizes)
+    return cast(Mesh, AbstractMesh(known, MESH_AXES))  # shapes and shardings need no device
+
+
+def _data(pipeline: Pipeline) -> dict[str, Any]:
+    try:
+        return {"fingerprint": pipeline.fingerprint(), **pipeline.describe()}
+    except (DataError, OSError) as error:
+        return {"not there": str(error)}
 
 
 def _parameters(plan: Plan) -> list[dict[str, Any]]:

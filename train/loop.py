@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +40,7 @@ from train.feed import Feed, Ledger
 from train.metrics import Console, Window, Writer, announced, duration
 from train.recipes import Recipe
 from train.results import write_json
+from train.runlog import announce, has_results, log_file, write_summary
 from train.runtime import device_summary, peak_flops, use_compilation_cache, versions
 from train.state import Plan, TrainState, init_state, make_plan
 from train.step import Step, StepOutput, compile_step
@@ -105,9 +105,9 @@ def fit(
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             stack.enter_context(Lock(workdir))
-        stack.enter_context(_log_file(workdir))
+        stack.enter_context(log_file(workdir))
         stop = stack.enter_context(StopSignal())
-        for line in match_recipe(workdir, recipe, allow_change):
+        for line in match_recipe(workdir, recipe, allow_change, write=jax.process_index() == 0):
             LOG.info("changed: %s", line)
         return _Run(recipe, workdir, stop, allow_change, quiet, stack).train()
 
@@ -145,6 +145,7 @@ class _Run:
         self.stack = stack
         self.feed: Feed | None = None
         self.console: Console | None = None
+        self.watch: ChangeWatch | None = None
         self.state, self.start, info = self._open_state(allow_change)
         folder = workdir if self.writes else None
         self.ledger = Ledger(folder, info.get("counters"), self.start)
@@ -171,7 +172,10 @@ class _Run:
         restored = self.checkpoints.restore(self.plan)
         if restored is None:
             weights = self.experiment.init.weights
-            state = init_state(self.plan, self._initial_params(weights) if weights else None)
+            if weights:
+                state = init_state(self.plan, self._initial_params(weights))
+            else:
+                state = init_state(self.plan, constants=self.experiment.data.constants())
             self.checkpoints.begin(state)
             return state, 0, {}
         self.checkpoints.set_aside(restored.skipped)
@@ -209,14 +213,17 @@ class _Run:
     def train(self) -> FitResult:
         """Run to the last step or to a signal."""
         total = self.experiment.steps
-        self._describe()
+        announce(self.plan, self.recipe.name, self.hash)
         try:
-            if self._evaluation_due(self.start) and not self._has_results(self.start):
+            protocols = self.experiment.evaluation.protocols
+            if self._evaluation_due(self.start) and not has_results(
+                self.workdir, self.start, protocols
+            ):
                 self._evaluate(self.start)
             if self.start < total:
                 with announced(f"compiling train step for {self.mesh.size} device(s)"):
-                    step = compile_step(self.plan)
-                self._steps(step, total)
+                    compiled = compile_step(self.plan)
+                self._steps(compiled, total)
             status: Literal["finished", "preempted"] = "finished"
         except StopRequestedError:
             self._save()
@@ -227,14 +234,31 @@ class _Run:
                 int(self.state.step),
             )
         self.checkpoints.wait()
-        self._summarise(status)
-        return FitResult(
-            status, int(self.state.step), self.state, self.last, self.results, self.workdir
+        step = int(self.state.step)
+        if self.writes:
+            write_summary(
+                self.workdir,
+                self.plan,
+                name=self.recipe.name,
+                digest=self.hash,
+                status=status,
+                step=step,
+                seconds=self.elapsed,
+                metrics=self.last,
+                counters=self.ledger.state(),
+            )
+        LOG.info(
+            "%s at step %d after %s of training; %s",
+            status,
+            step,
+            duration(self.elapsed),
+            self.workdir,
         )
+        return FitResult(status, step, self.state, self.last, self.results, self.workdir)
 
     def _steps(self, step: Step, total: int) -> None:
         experiment = self.experiment
-        watch = ChangeWatch(
+        self.watch = ChangeWatch(
             step.trained_names, step.trained_labels, self.plan.groups, self.still, self.start
         )
         self.feed = Feed(
@@ -255,18 +279,18 @@ class _Run:
                 batch = self.feed.take()
             except DataError:
                 if pending is not None:
-                    self._settle(step, watch, pending)
+                    self._settle(step, pending)
                 self._save()
                 raise
             self.state, output = step.run(self.state, batch.arrays, np.asarray(index, np.int32))
             if pending is not None:
-                self._settle(step, watch, pending)
+                self._settle(step, pending)
             pending = _Pending(index, batch.info, output)
             done = index + 1
             stopping = self.stop.agreed(done)
             if not (stopping or self._boundary(done)):
                 continue
-            self._settle(step, watch, pending)
+            self._settle(step, pending)
             pending = None
             self._at_boundary(done, stopping)
 
@@ -293,7 +317,7 @@ class _Run:
             self._save()
         self._paused += time.perf_counter() - begun
 
-    def _settle(self, step: Step, watch: ChangeWatch, pending: _Pending) -> None:
+    def _settle(self, step: Step, pending: _Pending) -> None:
         """Look at a step that was dispatched: refuse what is not finite, count what was used."""
         scalars = np.asarray(pending.output.scalars)
         metrics = step.metrics(scalars)
@@ -305,9 +329,8 @@ class _Run:
         done = pending.index + 1
         if self.console is not None:
             self.console.advance(done)
-        if watch.active:
-            watch.enter(np.asarray(pending.output.changes), done)
-        self.still = watch.state()
+        if self.watch is not None and self.watch.active:
+            self.watch.enter(np.asarray(pending.output.changes), done)
 
     def _refuse(self, pending: _Pending, metrics: dict[str, float]) -> None:
         """The step was not applied: save the state before it, name its records, stop."""
@@ -374,13 +397,6 @@ class _Run:
             return evaluation.at_start
         return evaluation.every > 0 and done % evaluation.every == 0
 
-    def _has_results(self, step: int) -> bool:
-        path = self.workdir / "eval" / f"{step}.json"
-        if not path.exists():
-            return False
-        there = {r["protocol"] for r in json.loads(path.read_text(encoding="utf-8"))["results"]}
-        return there >= {p.name for p in self.experiment.evaluation.protocols}
-
     def _evaluate(self, step: int) -> None:
         self.results = run_protocols(
             self.evaluator,
@@ -412,109 +428,8 @@ class _Run:
             "batch_size": self.experiment.batch_size,
             "counters": self.ledger.state(),
             "window": self.window.state(),
-            "unchanged": self.still,
+            "unchanged": self.still if self.watch is None else self.watch.state(),
             "elapsed": self.elapsed,
         }
         best = as_metrics(self.results) if self.evaluated == step else None
         self.checkpoints.save(self.state, info, best)
-
-    def _describe(self) -> None:
-        """The first lines of a log: what is trained, on what."""
-        device, groups = device_summary(), self.plan.groups
-        shape = "×".join(f"{k} {v}" for k, v in self.mesh.shape.items() if v > 1) or "one device"
-        LOG.info(
-            "%s (%s): %d steps of %d examples on %d %s (%s)",
-            self.recipe.name or type(self.experiment.system).__name__,
-            self.hash,
-            self.experiment.steps,
-            self.experiment.batch_size,
-            device["devices"],
-            device["kind"],
-            shape,
-        )
-        LOG.info(
-            "parameters: %s trained in %s, %s frozen",
-            f"{_count(self.plan.abstract.trained):,}",
-            ", ".join(groups),
-            f"{_count(self.plan.abstract.frozen):,}",
-        )
-        splits = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        if self.experiment.batch_size % splits:
-            LOG.warning(
-                "batch_size %d cannot be split over %d devices (data×fsdp): each computes more "
-                "than its share; choose a multiple of %d",
-                self.experiment.batch_size,
-                splits,
-                splits,
-            )
-
-    def _summarise(self, status: str) -> None:
-        if not self.writes:
-            return
-        newest = self._newest_evaluation()
-        write_json(
-            self.workdir / "summary.json",
-            {
-                "recipe": self.recipe.name,
-                "recipe_hash": self.hash,
-                "status": status,
-                "step": int(self.state.step),
-                "steps": self.experiment.steps,
-                "examples": int(self.state.step) * self.experiment.batch_size,
-                "training_seconds": self.elapsed,
-                "metrics": self.last or self._last_line(),
-                "evaluation": newest,
-                "counters": self.ledger.state(),
-                "data": self.experiment.data.describe(),
-                "parameters": {
-                    "trained": _count(self.plan.abstract.trained),
-                    "frozen": _count(self.plan.abstract.frozen),
-                },
-                "versions": versions(),
-                "device": device_summary(),
-            },
-        )
-        write_json(self.workdir / "counters.json", self.ledger.state())
-        LOG.info(
-            "%s at step %d after %s of training; %s",
-            status,
-            int(self.state.step),
-            duration(self.elapsed),
-            self.workdir,
-        )
-
-    def _newest_evaluation(self) -> dict[str, Any] | None:
-        files = [p for p in (self.workdir / "eval").glob("*.json") if p.stem.isdigit()]
-        if not files:
-            return None
-        newest = max(files, key=lambda p: int(p.stem))
-        return json.loads(newest.read_text(encoding="utf-8"))
-
-    def _last_line(self) -> dict[str, Any]:
-        lines = (self.workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        training = [entry for entry in map(json.loads, lines) if "loss" in entry]
-        return training[-1] if training else {}
-
-
-def _count(tree: Params) -> int:
-    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
-
-
-@contextlib.contextmanager
-def _log_file(workdir: Path) -> Iterator[None]:
-    """Everything that is logged also goes to `log.txt` (`log.<i>.txt` on other processes)."""
-    process = jax.process_index()
-    handler = logging.FileHandler(
-        workdir / (f"log.{process}.txt" if process else "log.txt"), encoding="utf-8"
-    )
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    LOG.setLevel(logging.INFO)
-    LOG.addHandler(handler)
-    try:
-        yield
-    except Exception:
-        LOG.debug("ended by an error", exc_info=True)
-        raise
-    finally:
-        LOG.removeHandler(handler)
-        handler.close()

@@ -67,7 +67,7 @@ class Writer:
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(
-                str(folder / "tensorboard"), purge_step=step + 1 if step else None
+                str(folder / "tensorboard"), purge_step=step + 1 if step else 0
             )
 
     def write(self, step: int, values: dict[str, float]) -> None:

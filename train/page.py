@@ -49,7 +49,7 @@ def pairs(values: Mapping[str, Any]) -> str:
         f'<tr><td class="path">{escape(k)}</td><td class="wrap">{escape(v)}</td></tr>'
         for k, v in rows
     )
-    return f"<table><tbody>{body}</tbody></table>" if rows else ""
+    return f'<table class="pairs"><tbody>{body}</tbody></table>' if rows else ""
 
 
 def details(title: str, body: str) -> str:

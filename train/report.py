@@ -13,7 +13,8 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,7 @@ def _metric_row(
     name: str, first: Metric | None, last: Metric, several: bool, published: bool
 ) -> str:
     fraction = 0 <= last.value <= 1
-    shown = [f"<td>{escape(name.replace('_', ' '))}</td>"]
+    shown = [f"<td>{escape(metric_label(name))}</td>"]
     if several:
         shown.append(number_cell("" if first is None else number(first.value, fraction)))
     shown.append(
@@ -235,6 +236,16 @@ def _metric_row(
             number_cell("" if last.published is None else number(last.published, fraction))
         )
     return f"<tr>{''.join(shown)}</tr>"
+
+
+def metric_label(name: str) -> str:
+    """A metric's name in words: "image → text R@1", "top-5"."""
+    words = {"i2t": "image → text", "t2i": "text → image"}
+    recall = re.fullmatch(r"(\w+?)_r(\d+)", name)
+    if recall:
+        what = words.get(recall[1], recall[1].replace("_to_", " → ").replace("_", " "))
+        return f"{what} R@{recall[2]}"
+    return re.sub(r"^top(\d+)$", r"top-\1", name).replace("_", " ")
 
 
 def _pictures(run: Run) -> str:
@@ -281,26 +292,33 @@ def _curves(run: Run) -> str:
             if name != "step" and usable and "step" in line:
                 curves.setdefault(name, []).append((line["step"], value))
     charts = [
-        Curve(name, points)
+        Curve(name, points, percent=name in ("data_wait", "mfu"), noisy=not name.startswith("lr"))
         for name, points in sorted(curves.items(), key=lambda c: _order(c[0]))
         if not name.startswith("eval/") and len(points) > 1
     ]
-    return _grid(charts) + _grid(list(_evaluation_curves(run)))
+    by_protocol = "".join(
+        f"<h3>{escape(name)} over the steps</h3>{_grid(found)}"
+        for name, found in _evaluation_curves(run).items()
+    )
+    return _grid(charts) + by_protocol
 
 
-def _evaluation_curves(run: Run) -> Iterator[Curve]:
-    """Metrics over the steps they were evaluated at, where there are more than the two that the
-    table shows."""
+def _evaluation_curves(run: Run) -> dict[str, list[Curve]]:
+    """By protocol, its metrics over the steps they were evaluated at, where there are more than
+    the two that the table shows."""
     found: dict[tuple[str, str], list[tuple[float, Metric]]] = {}
     for step, by_protocol in run.results.items():
         for name, result in by_protocol.items():
             for metric, value in result.metrics.items():
                 found.setdefault((name, metric), []).append((step, value))
+    curves: dict[str, list[Curve]] = {}
     for (name, metric), values in found.items():
         if len(values) > 2:
             fraction = all(0 <= m.value <= 1 for _, m in values)
             points = [(s, m.value if math.isfinite(m.value) else None) for s, m in values]
-            yield Curve(f"{name}: {metric}", points, values[-1][1].chance, fraction)
+            curve = Curve(metric_label(metric), points, values[-1][1].chance, fraction)
+            curves.setdefault(name, []).append(curve)
+    return curves
 
 
 def _order(name: str) -> tuple[int, str]:
@@ -394,7 +412,8 @@ def _certificates(run: Run) -> str:
         equal = "bit for bit equal" if found.get("bit_equal") else "with differences"
         parts.append(
             f'<p>The exported folder <span class="path">{escape(place)}</span>: {word}; '
-            f"re-read {equal}; forward pass with PyTorch: {escape(str(found.get('forward', 'unknown')))}.</p>"
+            f"re-read {equal}; forward pass with PyTorch: "
+            f"{escape(str(found.get('forward', 'unknown')))}.</p>"
         )
         errors = found.get("relative_errors") or {}
         if errors:

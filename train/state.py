@@ -7,6 +7,7 @@ have no gradient, no optimiser state and no average, and are stored in `Precisio
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.traverse_util
@@ -223,11 +224,18 @@ def flatten_axes(axes: Params) -> dict[tuple[str, ...], tuple[str | None, ...]]:
     return flax.traverse_util.flatten_dict(axes)
 
 
-def init_state(plan: Plan, params: Params | None = None) -> TrainState:
+def init_state(
+    plan: Plan, params: Params | None = None, constants: Mapping[str, np.ndarray] | None = None
+) -> TrainState:
     """A fresh state, created on the devices where it belongs.
 
     Args:
       params: parameters to start from (imported weights); None draws them from the seed.
+      constants: arrays by path (`a/b`) that take the place of drawn ones, see
+        `Pipeline.constants`.
+
+    Raises:
+      UserError: parameters or constants that do not fit the system.
     """
     experiment = plan.experiment
     system, precision = experiment.system, experiment.precision
@@ -245,18 +253,41 @@ def init_state(plan: Plan, params: Params | None = None) -> TrainState:
             ema=jax.tree.map(jnp.copy, trained) if plan.abstract.ema else {},
         )
 
-    def from_seed(seed: jax.Array) -> TrainState:
+    def from_seed(seed: jax.Array, given: Flat) -> TrainState:
         init_rng, run_rng = jax.random.split(jax.random.key(seed))
-        return build(unbox(system.init(init_rng)), run_rng)
+        drawn = flatten(unbox(system.init(init_rng)))
+        given = {path: value.astype(drawn[path].dtype) for path, value in given.items()}
+        return build(unflatten({**drawn, **given}), run_rng)
 
     def from_params(params: Params, seed: jax.Array) -> TrainState:
         return build(params, jax.random.split(jax.random.key(seed))[1])
 
     seed = np.uint32(experiment.seed)
     if params is None:
-        return jax.jit(from_seed, out_shardings=plan.shardings)(seed)
+        given = _checked_constants(plan, constants or {})
+        return jax.jit(from_seed, out_shardings=plan.shardings)(seed, given)
     check_params(params, plan.abstract.params, "initial weights")
     return jax.jit(from_params, out_shardings=plan.shardings)(params, seed)
+
+
+def _checked_constants(plan: Plan, constants: Mapping[str, np.ndarray]) -> Flat:
+    want, labels = flatten(plan.abstract.params), flatten(plan.labels)
+    given = {tuple(name.split("/")): np.asarray(value) for name, value in constants.items()}
+    for path, value in given.items():
+        name = "/".join(path)
+        if path not in want or want[path].shape != value.shape:
+            expected = want[path].shape if path in want else "no such parameter"
+            raise UserError(
+                f"data constant {name}: expected {expected} in "
+                f"{type(plan.experiment.system).__name__}, found shape {value.shape}; give the "
+                "system the sizes of the data"
+            )
+        if labels[path] != FROZEN:
+            raise UserError(
+                f"data constant {name}: expected a frozen parameter, found one labelled "
+                f"{labels[path]!r}"
+            )
+    return given
 
 
 def check_params(params: Params, expected: Params, what: str) -> None:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import socket
 import threading
 import time
@@ -106,10 +107,15 @@ class Lock:
             os.utime(self._path)
 
 
-def match_recipe(folder: Path, recipe: Recipe, allowed: Sequence[str]) -> list[str]:
+def match_recipe(
+    folder: Path, recipe: Recipe, allowed: Sequence[str], *, write: bool = True
+) -> list[str]:
     """Save the recipe with a new run, or hold it against the one saved with an old run.
 
+    A run that never saved a checkpoint binds nobody: what it left is removed, and said.
+
     Args:
+      write: False on processes that only compare.
       allowed: dotted paths whose differences (and those inside them) are accepted; the saved
         recipe is then replaced and the old one kept as `recipe.<n>.json`.
 
@@ -122,11 +128,18 @@ def match_recipe(folder: Path, recipe: Recipe, allowed: Sequence[str]) -> list[s
     path = folder / RECIPE_FILE
     document = recipe.document()
     if not path.exists():
-        write_text(path, _dump(document))
+        if write:
+            write_text(path, _dump(document))
         return []
     saved = read_document(path)
     found = differences(saved["experiment"], document["experiment"])
     if not found:
+        return []
+    if not has_checkpoint(folder):
+        if write:
+            LOG.info("the run begun here never saved a checkpoint: starting anew")
+            _remove_traces(folder)
+            write_text(path, _dump(document))
         return []
     lines = {p: f"{p}: {show(a)} → {show(b)}" for p, (a, b) in found.items()}
     refused = [p for p in lines if not is_allowed(p, allowed)]
@@ -137,12 +150,26 @@ def match_recipe(folder: Path, recipe: Recipe, allowed: Sequence[str]) -> list[s
             "To go on: give another --workdir for a new run; or repeat the command of the saved "
             f"run; or accept each difference with --allow-change {' '.join(refused)}"
         )
+    if not write:
+        return list(lines.values())
     number = 1
     while (folder / f"recipe.{number}.json").exists():
         number += 1
     write_text(folder / f"recipe.{number}.json", path.read_text(encoding="utf-8"))
     write_text(path, _dump(document))
     return list(lines.values())
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run in `folder` has saved anything."""
+    return any(p.name.isdigit() for p in (folder / "checkpoints").glob("*"))
+
+
+def _remove_traces(folder: Path) -> None:
+    for name in ("eval", "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "quarantine.jsonl", "counters.json", "nonfinite.json"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def is_allowed(path: str, allowed: Sequence[str]) -> bool:

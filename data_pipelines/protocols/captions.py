@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import time
 from collections.abc import Iterator
 from typing import Literal
 
@@ -56,9 +55,7 @@ class SourceRetrieval(SourceProtocol):
         return record.short_captions[:1]
 
     def run(self, functions: Functions, *, panels: bool = False) -> EvalResult:
-        start = time.perf_counter()
-        features.need(functions, self.requires(), self.name)
-        census = Census()
+        start, census = self.begin(functions)
         captions: list[str] = []
         owner: list[int] = []
         used: list[int] = []

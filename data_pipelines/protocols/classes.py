@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -17,7 +16,6 @@ from data_pipelines.protocols.features import (
     encode_texts,
     gather,
     in_batches,
-    need,
     read,
 )
 from data_pipelines.protocols.panels import region_sheet
@@ -92,9 +90,7 @@ class SourceClassification(_Classification):
         return ("image_features", "text_features_short")
 
     def run(self, functions: Functions, *, panels: bool = False) -> EvalResult:
-        start = time.perf_counter()
-        need(functions, self.requires(), self.name)
-        census = Census()
+        start, census = self.begin(functions)
         given: list[int | str] = []
 
         def rows() -> Iterator[Rows]:
@@ -143,9 +139,7 @@ class SourceBoxClassification(_Classification):
         return None
 
     def run(self, functions: Functions, *, panels: bool = False) -> EvalResult:
-        start = time.perf_counter()
-        need(functions, self.requires(), self.name)
-        census = Census()
+        start, census = self.begin(functions)
         boxes = walk(functions, self.source, self.reading(), census, self.name, self._why_not)
         names = [str(r.label) for r in boxes.regions]
         classes = self.classes or tuple(sorted(set(names)))

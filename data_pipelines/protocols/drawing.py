@@ -128,7 +128,26 @@ class Sheet:
         self.draw.rectangle((a, b, c, d), outline=(255, 255, 255), width=px(2.5))
         self.draw.rectangle((a, b, c, d), outline=color, width=px(1.5))
         if label:
-            self.chip(a / SCALE, b / SCALE, label, color)
+            self.box_label(x, y, width, height, box, color, label)
+
+    def box_label(
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        box: tuple[float, ...],
+        color: Color,
+        label: str,
+        size: float = 11,
+    ) -> None:
+        """The chip of a box (see `box`): on its top edge, outside where there is room, always
+        within the picture."""
+        tall, wide = size + 5, font(size).getlength(label) / SCALE + 8
+        left = x + min(max(box[0], 0.0) * width, width - wide)
+        top = y + max(box[1], 0.0) * height
+        above = top - tall >= y
+        self.chip(left, top - tall if above else min(top, y + height - tall), label, color, size)
 
     def chip(self, x: float, y: float, label: str, color: Color, size: float = 11) -> float:
         """A filled tag with its top left at (x, y); returns its width."""
@@ -178,9 +197,14 @@ def square(pixels: Image.Image) -> Image.Image:
     return pixels.crop((left, top, left + side, top + side))
 
 
+@functools.cache
+def _heat_table() -> npt.NDArray[np.uint8]:
+    at = np.linspace(0.0, len(_HEAT) - 1.0, 256)
+    low = np.minimum(at.astype(int), len(_HEAT) - 2)
+    part = (at - low)[:, None]
+    return np.rint(_HEAT[low] * (1 - part) + _HEAT[low + 1] * part).astype(np.uint8)
+
+
 def heat_colors(values: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
     """Colours uint8 [..., 3] of values 0..1."""
-    at = np.clip(values, 0.0, 1.0) * (len(_HEAT) - 1)
-    low = np.minimum(at.astype(int), len(_HEAT) - 2)
-    part = (at - low)[..., None]
-    return np.rint(_HEAT[low] * (1 - part) + _HEAT[low + 1] * part).astype(np.uint8)
+    return _heat_table()[np.rint(np.clip(values, 0.0, 1.0) * 255).astype(np.uint8)]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 
 import numpy as np
 import numpy.typing as npt
 
 from data_pipelines.protocols.base import EvalResult, Functions, Metric, Panel
 from data_pipelines.protocols.box_features import Boxes, picture_of, walk
-from data_pipelines.protocols.features import Census, encode_texts, need, spread
+from data_pipelines.protocols.features import encode_texts, spread
 from data_pipelines.protocols.panels import HardRow, hard_negative_table
 from data_pipelines.protocols.source_protocol import SourceProtocol
 from data_pipelines.records import Region
@@ -34,9 +33,7 @@ class SourceHardNegatives(SourceProtocol):
         return ("box_features", "text_features_short")
 
     def run(self, functions: Functions, *, panels: bool = False) -> EvalResult:
-        start = time.perf_counter()
-        need(functions, self.requires(), self.name)
-        census = Census()
+        start, census = self.begin(functions)
         boxes = walk(functions, self.source, self.reading(), census, self.name, _why_not)
         rows = [(r.phrase, *r.negatives) for r in boxes.regions]
         texts = encode_texts(

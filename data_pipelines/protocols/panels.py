@@ -135,8 +135,10 @@ def region_sheet(items: Sequence[RegionPicture]) -> bytes:
         sheet.picture(x, y, width, height, item.picture)
         left, top = x + side + 14, y
         for k, region in enumerate(item.regions):
+            sheet.box(x, y, width, height, region.box, BOX_COLORS[k % len(BOX_COLORS)])
+        for k, region in enumerate(item.regions):
             color = BOX_COLORS[k % len(BOX_COLORS)]
-            sheet.box(x, y, width, height, region.box, color, str(k + 1))
+            sheet.box_label(x, y, width, height, region.box, color, str(k + 1))
             chip = sheet.chip(left, top, str(k + 1), color)
             sheet.tick(left + chip + 6, top + 3, 10, region.predicted == region.truth)
             for text, size, ink in texts[n][k]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, get_args
 
@@ -114,8 +115,8 @@ class PublishedProtocol(Protocol):
     model: Model = ""
     image_size: int | None = None
     context: int | None = None
-    batch_size: int = 32
-    text_batch_size: int = 128
+    batch_size: int = 64
+    text_batch_size: int = 256
     box_slots: int = 32
     workers: int = 4
     limit: int | None = None
@@ -360,8 +361,10 @@ class _Prompted(PublishedProtocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageNetZeroShot(_Prompted):
-    """ImageNet-1K validation, 80 templates, 1,000 published class names. The official script drops
-    its last incomplete batch; here every picture counts once."""
+    """ImageNet-1K validation, 80 templates, 1,000 published class names.
+
+    The official script drops its last incomplete batch; here every picture counts once.
+    """
 
     REQUIRES: ClassVar[tuple[str, ...]] = ("image_features", "text_features_short")
     EXPECTED: ClassVar[tuple[str, int] | None] = ("records", 50_000)
@@ -383,7 +386,7 @@ class ImageNetZeroShot(_Prompted):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageNetV2ZeroShot(ImageNetZeroShot):
-    """ImageNet-V2 matched frequency, as `ImageNetZeroShot`."""
+    """ImageNet-V2 matched frequency, 80 templates, 1,000 published class names."""
 
     EXPECTED: ClassVar[tuple[str, int] | None] = ("records", 10_000)
 
@@ -397,7 +400,7 @@ class ImageNetV2ZeroShot(ImageNetZeroShot):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CocoBoxClassification(_Prompted):
-    """COCO val2017 boxes, 80 classes, 80 templates; every annotation counts, crowds included."""
+    """COCO val2017, 36,781 boxes, 80 classes, 80 templates; crowds included."""
 
     EXPECTED: ClassVar[tuple[str, int] | None] = ("regions", 36_781)
 
@@ -418,8 +421,11 @@ class CocoBoxClassification(_Prompted):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LvisBoxClassification(_Prompted):
-    """LVIS v1 val boxes, 1,203 classes, 80 templates. `folders`: see `LvisInstances`; which
-    pictures the published number is over is an assumption, so the counts say what was found."""
+    """LVIS v1 val boxes, 1,203 classes, 80 templates.
+
+    `folders`: see `LvisInstances`; which pictures the published number is over is an assumption, so
+    the counts say what was found.
+    """
 
     folders: Literal["val2017", "all"] = "val2017"
 
@@ -440,7 +446,7 @@ class LvisBoxClassification(_Prompted):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FgOvdHardNegatives(PublishedProtocol):
-    """FG-OVD, one subset: 77 tokens, no prompt, case kept; two to ten negatives a box."""
+    """FG-OVD, one subset: 77 tokens, no prompt, case kept; 2 to 10 negatives a box."""
 
     subset: FgOvdSubset = "hard"
 
@@ -476,3 +482,20 @@ PROTOCOLS: dict[str, Callable[..., PublishedProtocol]] = {
     "lvis_boxes": LvisBoxClassification,
     **{f"fgovd_{s}": functools.partial(FgOvdHardNegatives, subset=s) for s in SUBSETS},
 }
+
+
+def table() -> str:
+    """The published protocols with the published values, as a Markdown table."""
+    head = ["name", "what", "metric", *MODELS]
+    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    for name, make in PROTOCOLS.items():
+        kind = make.func if isinstance(make, functools.partial) else make
+        what = " ".join((inspect.getdoc(kind) or "").partition("\n\n")[0].split())
+        by_model = PUBLISHED.get(name, {})
+        metrics = next(iter(by_model.values()), {})
+        values = [
+            " / ".join(f"{100 * v:.1f}" for v in by_model.get(model, {}).values()) or "–"
+            for model in MODELS
+        ]
+        lines.append(" | ".join((f"`{name}`", what, " / ".join(metrics) or "–", *values)))
+    return "\n".join(f"| {line} |" for line in lines)

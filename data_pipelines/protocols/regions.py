@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from typing import Literal
 
 import numpy as np
@@ -13,12 +12,10 @@ from data_pipelines.images import resize_square
 from data_pipelines.protocols.base import EvalResult, Functions, Metric, Panel
 from data_pipelines.protocols.box_features import Boxes, picture_of, region_pictures, walk
 from data_pipelines.protocols.features import (
-    Census,
     Rows,
     Texts,
     encode_texts,
     in_batches,
-    need,
 )
 from data_pipelines.protocols.panels import HeatPicture, heat_sheet, region_sheet, similarity_map
 from data_pipelines.protocols.source_protocol import SourceProtocol
@@ -54,9 +51,7 @@ class RegionRetrieval(SourceProtocol):
         return region.phrase if long is None else long
 
     def run(self, functions: Functions, *, panels: bool = False) -> EvalResult:
-        start = time.perf_counter()
-        need(functions, self.requires(), self.name)
-        census = Census()
+        start, census = self.begin(functions)
         boxes = walk(
             functions,
             self.source,

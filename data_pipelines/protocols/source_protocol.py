@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipelines.image_text import load_tokenizer
-from data_pipelines.protocols.base import EvalResult, Metric, Panel, Protocol
-from data_pipelines.protocols.features import Census, Reading
+from data_pipelines.protocols.base import EvalResult, Functions, Metric, Panel, Protocol
+from data_pipelines.protocols.features import Census, Reading, need
 from data_pipelines.sources.base import Source
 from data_pipelines.tokenizers import Tokenizer
 from data_pipelines.validation import Limits
@@ -45,8 +45,8 @@ class SourceProtocol(Protocol):
     label: str = "source"
     limit: int | None = None
     examples: int = 6
-    batch_size: int = 32
-    text_batch_size: int = 128
+    batch_size: int = 64
+    text_batch_size: int = 256
     box_slots: int = 16
     workers: int = 4
     limits: Limits | None = dataclasses.field(default_factory=Limits)
@@ -68,6 +68,18 @@ class SourceProtocol(Protocol):
             self.workers,
             self.limits,
         )
+
+    def begin(self, functions: Functions) -> tuple[float, Census]:
+        """Start of the clock and empty counts, after everything that can be wrong before reading.
+
+        Raises:
+          ValueError: a function that the model does not offer.
+          FileNotFoundError: no tokenizer.
+        """
+        start = time.perf_counter()
+        need(functions, self.requires(), self.name)
+        _ = self.text_tokenizer
+        return start, Census()
 
     def result(
         self,

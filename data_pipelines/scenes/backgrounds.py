@@ -225,7 +225,7 @@ _PAINTERS: dict[str, tuple[_Ground, _Sky]] = {
 }
 
 
-@functools.lru_cache(maxsize=40)
+@functools.lru_cache(maxsize=128)
 def panorama(setting: str, horizon: float, size: int) -> Array:
     """uint8 `[3, size, 2*size]`: all that `pan` can show of this background."""
     n = size * _OVERSAMPLING

@@ -99,7 +99,7 @@ class FineHard(Source):
         rows = Rows.build(self.files, places)
         duplicate = len(seen) - len(np.unique(np.frombuffer(seen, np.int64)))
         return {
-            "file": rows.file,
+            "part": rows.file,
             "offset": rows.offset,
             "length": rows.length,
             "counts": np.array([total, matched, duplicate], np.int64),
@@ -120,7 +120,7 @@ class FineHard(Source):
     @functools.cached_property
     def _rows(self) -> Rows:
         index = self._index
-        return Rows(self.files, index["file"], index["offset"], index["length"])
+        return Rows(self.files, index["part"], index["offset"], index["length"])
 
     def report(self) -> dict[str, int]:
         total, matched, duplicate = (int(v) for v in self._index["counts"])

@@ -18,7 +18,7 @@ def cached_index(
     Args:
       folder: where `<key>.npz` lies; "" builds anew each time. Made if absent.
       key: must contain a hash of everything the index depends on.
-      build: named arrays without objects.
+      build: named arrays without objects (names other than "file").
 
     A damaged or half-written file is rebuilt; writing is atomic, so several processes may race.
     """

@@ -1,4 +1,4 @@
-"""Parquet files with the pictures inside (extra `parquet`)."""
+"""Parquet files with the pictures inside (extra `data`)."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class _RowGroups:
         try:
             import pyarrow.parquet as pq
         except ImportError as e:
-            raise DataError('reading parquet needs pyarrow: pip install "jaxmods[parquet]"') from e
+            raise DataError('reading parquet needs pyarrow: pip install "jaxmods[data]"') from e
         self._lock = threading.Lock()
         self._keep = keep
         self._files = [pq.ParquetFile(path) for path in files]

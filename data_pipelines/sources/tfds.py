@@ -1,4 +1,4 @@
-"""TFDS datasets prepared as ArrayRecord, through `data_source` (extra `tfds`; no TensorFlow)."""
+"""TFDS datasets prepared as ArrayRecord, through `data_source` (extra `data`; no TensorFlow)."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Tfds(Source):
             import tensorflow_datasets as tfds
         except ImportError as e:
             raise DataError(
-                'reading TFDS needs tensorflow-datasets: pip install "jaxmods[tfds]"'
+                'reading TFDS needs tensorflow-datasets: pip install "jaxmods[data]"'
             ) from e
         folder = self.data_dir or None
         try:
@@ -65,8 +65,9 @@ class Tfds(Source):
             skip = _nested(self.image, tfds.decode.SkipDecoding())
             rows = builder.as_data_source(split=self.split, decoders=skip)
         except Exception as e:  # TFDS raises many kinds; each means that this cannot be read
+            said = str(e).strip().split("\n", 1)[0]
             raise DataError(
-                f"{self.name}: cannot open under {folder or 'the default data_dir'}: {e}. "
+                f"{self.name}: cannot open under {folder or 'the default data_dir'}: {said} "
                 "Prepare it first: tfds build --file_format=array_record"
             ) from e
         return rows, builder.info.features
@@ -111,7 +112,8 @@ class Tfds(Source):
         labels: list[str | None] = [None] * len(boxes)
         if self.labels:
             ids = np.asarray(_follow(row, self.labels)).reshape(-1)
-            labels = [self._class_names[int(i)] for i in ids]
+            names = self._class_names
+            labels = [names[int(i)] for i in ids]
         regions = []
         for box, label in zip(boxes, labels, strict=True):
             x1, y1, x2, y2 = canonical_box(box.tolist(), self.convention, size)

@@ -37,9 +37,9 @@ def text(value: str, length: int = 12) -> list[int]:
     return ids + [0] * (length - len(ids))
 
 
-def example(index: int, regions: tuple[Region, ...] = (), layout: Layout = LAYOUT, **choices):
+def example(index: int, given: tuple[Region, ...] = (), layout: Layout = LAYOUT, **choices):
     changed = dataclasses.replace(
-        record(index), regions=regions, short_captions=("cat", "dog"), long_caption=None
+        record(index), regions=given, short_captions=("cat", "dog"), long_caption=None
     )
     return encode_example(changed, IMAGE, Choices(**choices), layout, Characters())
 
@@ -126,11 +126,12 @@ def test_chosen_regions_fill_the_slots_in_order():
     assert cut["boxes"] == 3
 
 
-def test_arrays_that_a_recipe_does_not_want():
-    layout = dataclasses.replace(LAYOUT, max_boxes=0, pack_slots=0)
+def test_slots_that_a_recipe_does_not_want_are_empty_and_nothing_counts_as_cut():
+    layout = dataclasses.replace(LAYOUT, max_boxes=0, pack_slots=0, pack_images=1)
     arrays, cut = collate([example(0, (region("p", "n"),), layout)], layout, Characters())
-    assert set(arrays) == {"image", "text_short", "text_long"}
-    assert "boxes" not in cut
+    assert arrays["box_text"].shape == (1, 0, 12)
+    assert arrays["hard_text"].shape == (1, 0, 3, 12)
+    assert cut == {}
 
 
 def test_a_broken_group():

@@ -11,7 +11,9 @@ import pytest
 from transformers import CLIPTokenizer
 
 from data_pipelines.bpe_training import main, train_clip_bpe
-from data_pipelines.tokenizers import ClipTokenizer, encode
+from data_pipelines.image_text import load_tokenizer
+from data_pipelines.scenes import HELD_OUT, Scenes
+from data_pipelines.tokenizers import ClipTokenizer, clean, encode, split_pieces
 from tests.data.conftest import TEXTS
 
 TRICKY = [
@@ -134,6 +136,25 @@ def test_two_merges_may_give_one_token():
     assert sorted(vocab.values()) == list(range(len(vocab)))
 
 
+def test_counts_are_repetitions():
+    assert train_clip_bpe({TEXTS[0]: 3, TEXTS[1]: 1}, 540).files() == (
+        train_clip_bpe([*[TEXTS[0]] * 3, TEXTS[1]], 540).files()
+    )
+
+
+def test_tokenizer_of_the_scene_world():
+    """The committed one: fits the captions of held-out scenes, no English word is taken apart."""
+    tokenizer = load_tokenizer("scene")
+    assert tokenizer.vocab_size == 1024
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1022, 1023)
+    scenes = Scenes(start=HELD_OUT, count=40, image_size=16, short_captions=2)
+    for i in range(len(scenes)):
+        record = scenes[i]
+        phrases = [p for r in record.regions for p in (r.phrase, r.long_phrase, *r.negatives) if p]
+        for text in (*record.short_captions, record.long_caption, *phrases):
+            assert len(tokenizer.tokens(text)) == len(split_pieces(clean(text))), text
+
+
 def test_too_small_a_vocabulary():
     with pytest.raises(ValueError, match="at least 515"):
         train_clip_bpe(TEXTS, 514)
@@ -143,5 +164,5 @@ def test_training_command(tmp_path, capsys):
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS * 2), "utf-8")
     out = tmp_path / "folder"
     main(["--texts", str(tmp_path / "texts.txt"), "--vocab-size", "530", "--out", str(out)])
-    assert "530 tokens from 6 texts" in capsys.readouterr().out
+    assert "530 tokens in" in capsys.readouterr().out
     assert ClipTokenizer.from_folder(out).vocab_size == 530

@@ -75,7 +75,7 @@ def scores_and_losses(case: Case) -> None:
         positive = model.score_triples(params, b["positive"])
         asks_head = b["mode"][0] == 1
         known = b["positive"][:, 2 if asks_head else 0]
-        given = model.score_given(params, known, b["positive"][:, 1], b["mode"], b["negative"])
+        given = model.score_candidates(params, known, b["positive"][:, 1], b["mode"], b["negative"])
         found = np.concatenate([positive[:, None], given], 1)
         tolerance = common.part_tolerance(case, "score")
         assert_close(f"batch{n}.score", found, case.io[f"batch{n}.score"], tolerance)

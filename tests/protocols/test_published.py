@@ -13,7 +13,7 @@ from data_pipelines.batch import DataError
 from data_pipelines.protocols import PROTOCOLS, IncomparableError, PublishedProtocol
 from data_pipelines.protocols.layouts import ImageNet, ShareGpt4v, Urban1k, below, first_rows
 from data_pipelines.protocols.prompts import OPENAI_TEMPLATES, imagenet_classes
-from data_pipelines.protocols.published import MODELS, NOT_COMPARABLE, PUBLISHED
+from data_pipelines.protocols.published import MODELS, NOT_COMPARABLE, PUBLISHED, table
 from tests.protocols import layouts
 from tests.protocols.toy import NAMES, Toy, Words
 
@@ -201,6 +201,11 @@ def test_every_published_value_belongs_to_a_protocol_and_a_model() -> None:
         assert set(by_model) == set(MODELS)
         for numbers in by_model.values():
             assert all(0 < v < 1 for v in numbers.values())
+
+
+def test_the_table_in_the_docs_is_the_one_that_the_command_prints() -> None:
+    page = Path(__file__).parents[2] / "docs" / "evaluation.md"
+    assert table() in page.read_text(encoding="utf-8")
 
 
 def published(name: str, tmp_path: Path, **fields) -> PublishedProtocol:

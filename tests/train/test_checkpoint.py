@@ -15,6 +15,7 @@ from jaxmods.partitioning import MeshShape, make_mesh
 from tests.train.toy import Regression, regression
 from train.checkpoint import (
     Checkpoints,
+    digests,
     is_params_folder,
     load_params,
     load_run_params,
@@ -73,11 +74,11 @@ def test_eight_devices_to_one_to_four(tmp_path: Path) -> None:
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "overwrite", "remove"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plan = plan_on(1)
+    plan = plan_on(1, dataclasses.replace(regression(), system=Regression(width=3000)))
     start = init_state(plan)
     checkpoints = Checkpoints(tmp_path, POLICY)
     checkpoints.begin(start)
@@ -85,11 +86,13 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
         checkpoints.save(at_step(start, step), {"at": step})
     checkpoints.close()
     data = [p for p in (tmp_path / "checkpoints/6/trained").rglob("*") if p.is_file()]
-    largest = max((p for p in data if p.parent.name == "d"), key=lambda p: p.stat().st_size)
+    largest = max(data, key=lambda p: p.stat().st_size)
     if damage == "truncate":
         largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-    elif damage == "overwrite":
-        largest.write_bytes(bytes(largest.stat().st_size))
+    elif damage == "flip":
+        content = bytearray(largest.read_bytes())
+        content[len(content) // 2] ^= 16
+        largest.write_bytes(content)
     else:
         largest.unlink()
 
@@ -161,3 +164,26 @@ def test_parameters_alone(tmp_path: Path) -> None:
     del spread["stem"]
     with pytest.raises(UserError, match="unexpected stem/kernel"):
         load_params(folder, spread)
+
+
+def test_damaged_parameters_are_not_used(tmp_path: Path) -> None:
+    kernel = np.random.default_rng(0).random((64, 64)).astype(np.float32)
+    save_params(tmp_path, {"w": {"kernel": kernel}}, {})
+    largest = max((p for p in tmp_path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 16
+    largest.write_bytes(content)
+    with pytest.raises(UserError, match="damaged: w/kernel; write the folder again"):
+        load_params(tmp_path)
+
+
+def test_digest_sees_every_word_and_ignores_the_mesh() -> None:
+    values = np.random.default_rng(0).standard_normal((8, 24)).astype(np.float32)
+    places = plan_on(8, fsdp=8).shardings.trained["hidden"]["kernel"]
+    whole, spread = digests({"w": values}), digests({"w": jax.device_put(values, places)})
+    assert whole == spread
+    for i, bit in ((0, 0), (77, 31), (191, 7)):
+        words = values.copy().view(np.uint32).reshape(-1)
+        words[i] ^= np.uint32(1) << np.uint32(bit)
+        assert digests({"w": words.view(np.float32).reshape(8, 24)}) != whole
+    assert digests({"w": values[::-1].copy()}) != whole

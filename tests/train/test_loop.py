@@ -19,7 +19,7 @@ from data_pipelines.batch import DataError
 from tests.train.toy import Numbers, Regression, regression
 from train.canonical import canonical, recipe_hash
 from train.exits import NonFiniteError, UserError
-from train.experiment import Evaluation, Experiment, Logging, Optim
+from train.experiment import Checkpointing, Evaluation, Experiment, Logging, Optim
 from train.loop import FitResult, fit
 from train.overrides import apply_overrides
 
@@ -131,7 +131,7 @@ def test_sigterm_saves_and_the_same_call_continues_bit_for_bit(
 
 def test_nan_stops_with_the_records_and_a_clean_state(tmp_path: Path) -> None:
     bad = apply_overrides(QUICK, ["data.poison=6", "checkpoint.every=100"])
-    with pytest.raises(NonFiniteError, match="step 6 is not finite.*numbers:") as caught:
+    with pytest.raises(NonFiniteError, match=r"step 6 is not finite.*numbers:") as caught:
         fit(bad, tmp_path / "bad")
     (batch,) = (b for b in [next(bad.data.batches(global_batch=8, seed=3, start_step=6))])
     assert caught.value.record_ids == batch.info.record_ids
@@ -161,7 +161,7 @@ def test_other_data_is_refused_by_its_fingerprint(
     short = dataclasses.replace(QUICK, steps=4)
     fit(short, tmp_path)
     monkeypatch.setattr(Numbers, "fingerprint", lambda self: "other files")
-    with pytest.raises(UserError, match="numbers-64-9 → other files.*--allow-change data"):
+    with pytest.raises(UserError, match=r"numbers-64-9 → other files.*--allow-change data"):
         fit(short, tmp_path)
     assert fit(short, tmp_path, allow_change=["data"]).step == 4
 
@@ -176,12 +176,17 @@ class Deaf(Regression):
 
 def long(system: Regression) -> Experiment:
     return dataclasses.replace(
-        QUICK, system=system, steps=101, batch_size=2, optim=Optim(), data=Numbers()
+        QUICK,
+        system=system,
+        steps=101,
+        optim=Optim(),
+        data=Numbers(),
+        checkpoint=Checkpointing(every=1000),
     )
 
 
 def test_a_group_that_never_changes_fails_the_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no tensor of group 'head' differs.*after 100 steps"):
+    with pytest.raises(UserError, match=r"no tensor of group 'head' differs.*after 100 steps"):
         fit(long(Deaf()), tmp_path)
 
 

@@ -120,7 +120,7 @@ def test_a_late_group_is_held_still_and_warms_up_from_its_own_start() -> None:
 
 def test_groups_are_checked() -> None:
     optim = Optim(groups=(GroupOptim("haed"),))
-    with pytest.raises(UserError, match="no parameter is labelled 'haed'.*head, train"):
+    with pytest.raises(UserError, match=r"no parameter is labelled 'haed'.*head, train"):
         make_groups(optim, LABELS, 10)
     with pytest.raises(UserError, match="given twice"):
         make_groups(dataclasses.replace(optim, groups=(GroupOptim("head"),) * 2), LABELS, 10)

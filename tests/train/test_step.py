@@ -217,3 +217,17 @@ def test_clipping_average_and_update_norm() -> None:
     middle = jax.tree.map(lambda a, b: 0.5 * a + 0.5 * np.asarray(b), before, state.trained)
     close(middle, state.ema, 1e-6)
     close(state.averaged["hidden"], state.ema["hidden"], 0.0)
+
+
+def test_constants_of_the_data_take_their_place_among_the_frozen() -> None:
+    plan, _ = build(SMALL, MeshShape(fsdp=4))
+    given = np.arange(64, dtype=np.float32).reshape(8, 8)
+    state = init_state(plan, constants={"stem/kernel": given})
+    np.testing.assert_array_equal(state.frozen["stem"]["kernel"], given)
+    close(init_state(plan).trained, state.trained, 0.0)
+    with pytest.raises(UserError, match=r"stem/kernel: expected \(8, 8\) in Regression, found.*2"):
+        init_state(plan, constants={"stem/kernel": given[:2]})
+    with pytest.raises(UserError, match="expected no such parameter"):
+        init_state(plan, constants={"stem/karnel": given})
+    with pytest.raises(UserError, match="expected a frozen parameter, found one labelled 'head'"):
+        init_state(plan, constants={"out/kernel": np.zeros((16, 4))})

@@ -18,9 +18,8 @@ NAME = "tests.train.toy:regression"
 
 
 def test_second_job_is_refused_and_a_released_folder_is_free(tmp_path: Path) -> None:
-    with Lock(tmp_path):
-        with pytest.raises(UserError, match=f"in use by process {os.getpid()} on"):
-            Lock(tmp_path)
+    with Lock(tmp_path), pytest.raises(UserError, match=f"in use by process {os.getpid()} on"):
+        Lock(tmp_path)
     with Lock(tmp_path):
         pass
 
@@ -54,6 +53,7 @@ def test_recipe_is_saved_then_held_against(tmp_path: Path) -> None:
     assert (saved["recipe"], saved["overrides"]) == (NAME, [])
     assert saved["experiment"]["optim"]["lr"] == 0.01
     assert match_recipe(tmp_path, resolved(), ()) == []
+    (tmp_path / "checkpoints/5").mkdir(parents=True)
 
     with pytest.raises(UserError) as caught:
         match_recipe(tmp_path, resolved("optim.lr=1", "steps=9"), ("optim",))
@@ -67,3 +67,16 @@ def test_recipe_is_saved_then_held_against(tmp_path: Path) -> None:
     assert lines == ["steps: 20 → 9", "optim.lr: 0.01 → 1.0"]
     assert json.loads((tmp_path / "recipe.1.json").read_text()) == saved
     assert json.loads((tmp_path / "recipe.json").read_text())["experiment"]["steps"] == 9
+
+
+def test_a_run_that_saved_nothing_binds_nobody(tmp_path: Path) -> None:
+    match_recipe(tmp_path, resolved(), ())
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval/0.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4}')
+    assert match_recipe(tmp_path, resolved("steps=9"), (), write=False) == []
+    assert (tmp_path / "eval/0.json").exists()
+    assert match_recipe(tmp_path, resolved("steps=9"), ()) == []
+    assert json.loads((tmp_path / "recipe.json").read_text())["experiment"]["steps"] == 9
+    assert not (tmp_path / "eval").exists()
+    assert not (tmp_path / "metrics.jsonl").exists()

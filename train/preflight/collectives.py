@@ -156,19 +156,13 @@ def _across_slices(instruction: Instruction) -> tuple[str, float, str] | None:
 
 def payload(instruction: Instruction, kind: str, program: Program) -> float:
     """Bytes per device, see the head of this file."""
-    result = sum(a.bytes for a in arrays(instruction.shape) if a.dims or len(a.dtype) > 0)
-    if instruction.opcode.endswith("-start"):
-        found = [a.bytes for a in arrays(instruction.shape) if _is_data(a)]
-        half = found[len(found) // 2 :] if len(found) > 1 else found
-        return sum(half) if kind == "all-gather" else sum(found) / max(1, min(2, len(found)))
+    data = [a.bytes for a in arrays(instruction.shape) if a.dims or a.dtype[0] not in "us"]
+    if instruction.opcode.endswith("-start") and kind != "all-reduce" and len(data) > 1:
+        data = data[len(data) // 2 :]  # operands, then results
     if kind == "reduce-scatter" and instruction.opcode == "reduce-scatter":
         read = [program.by_name[n] for n in instruction.operand_names if n in program.by_name]
         return sum(a.bytes for i in read for a in arrays(i.shape))
-    return result
-
-
-def _is_data(array: Any) -> bool:
-    return bool(array.dims) and not array.layout.startswith("{:S(")
+    return sum(data)
 
 
 def groups(attributes: str, partitions: int) -> list[list[int]] | None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxmods.partitioning import constrain
 from jaxmods.systems.stargraph import scores
-from jaxmods.systems.stargraph.scores import HEAD, Score
+from jaxmods.systems.stargraph.scores import HEAD, Terms
 
 Encode = Callable[[jax.Array], jax.Array]
 
@@ -32,10 +32,7 @@ def occurrence_vectors(
 
 
 def triple_scores(
-    score: Score,
-    gamma: jax.Array,
-    offset: float,
-    relation_BR: jax.Array,
+    terms: Terms,
     head_BD: jax.Array,
     tail_BD: jax.Array,
     negative_BND: jax.Array,
@@ -44,7 +41,7 @@ def triple_scores(
     """Scores of the triples [B] and of their negatives [B, N], fp32.
 
     Args:
-      relation_BR: relation vectors of the triples.
+      terms: of the triples' relations.
       head_BD, tail_BD, negative_BND: entity vectors as encoded.
       mode_B: which side the negatives replace (`scores.TAIL`, `scores.HEAD`).
     """
@@ -52,8 +49,7 @@ def triple_scores(
     asks_head = (mode_B == HEAD)[:, None]
     known = jnp.where(asks_head, tail, head)
     answer = jnp.where(asks_head, head, tail)
-    factor, fixed = scores.queries(score, known, relation_BR, mode_B, offset)
-    positive = scores.score_candidates(gamma, factor, fixed, answer[:, None])[:, 0]
+    query = scores.query(terms, known, mode_B)
+    positive = scores.score_candidates(query, answer[:, None])[:, 0]
     negative_BND = constrain(negative_BND, ("batch", None, None))
-    negative = scores.score_candidates(gamma, factor, fixed, scores.normalise(negative_BND))
-    return positive, negative
+    return positive, scores.score_candidates(query, scores.normalise(negative_BND))

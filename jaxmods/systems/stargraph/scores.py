@@ -15,7 +15,7 @@ Shape legend: B queries, N candidates, D width.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,46 +37,57 @@ def normalise(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))
 
 
-def factors(
-    score: Score, relation: jax.Array, offset: float
-) -> tuple[jax.Array, jax.Array, jax.Array | float]:
-    """H, T and m of relation vectors [..., 3D or 2D]; `offset` is u (TripleRE' only)."""
-    relation = relation.astype(jnp.float32)
+class Terms(NamedTuple):
+    """What a relation contributes, fp32: factors and shift [B, D], margin gamma [B]."""
+
+    head: jax.Array
+    tail: jax.Array
+    middle: jax.Array
+    margin: jax.Array
+
+
+class Query(NamedTuple):
+    """A question with one side missing, fp32: score(c) = margin - || c * factor - fixed ||_1."""
+
+    factor: jax.Array
+    fixed: jax.Array
+    margin: jax.Array
+
+
+def terms(score: Score, relation_BR: jax.Array, offset: float, gamma: jax.Array) -> Terms:
+    """H, T, m and gamma of relation vectors [B, 3D or 2D]; `offset` is u (TripleRE' only)."""
+    relation_BR = relation_BR.astype(jnp.float32)
+    margin = jnp.broadcast_to(gamma.astype(jnp.float32), relation_BR.shape[:1])
     if score == "triplere":
-        head, middle, tail = jnp.split(relation, 3, axis=-1)
-        return offset * head + 1, offset * tail + 1, middle
-    head, tail = jnp.split(relation, 2, axis=-1)
-    return head + 1, tail + 1, 0.0
+        head, middle, tail = jnp.split(relation_BR, 3, axis=-1)
+        return Terms(offset * head + 1, offset * tail + 1, middle, margin)
+    head, tail = jnp.split(relation_BR, 2, axis=-1)
+    return Terms(head + 1, tail + 1, jnp.zeros_like(head), margin)
 
 
-def queries(
-    score: Score, known_BD: jax.Array, relation_BR: jax.Array, mode_B: jax.Array, offset: float
-) -> tuple[jax.Array, jax.Array]:
-    """C [B, D] and f [B, D] of queries.
+def query(terms: Terms, known_BD: jax.Array, mode_B: jax.Array) -> Query:
+    """Questions from the known side.
 
     Args:
-      known_BD: normalised vectors of the known entity (head where the tail is asked for).
+      known_BD: normalised vectors of the known entity (the head where the tail is asked for).
       mode_B: `TAIL` or `HEAD`, the side that is asked for.
     """
-    head, tail, middle = factors(score, relation_BR, offset)
     asks_head = (mode_B == HEAD)[:, None]
-    factor = jnp.where(asks_head, head, tail)
-    fixed = jnp.where(asks_head, known_BD * tail - middle, known_BD * head + middle)
-    return factor, fixed
+    factor = jnp.where(asks_head, terms.head, terms.tail)
+    fixed = jnp.where(
+        asks_head, known_BD * terms.tail - terms.middle, known_BD * terms.head + terms.middle
+    )
+    return Query(factor, fixed, terms.margin)
 
 
-def score_candidates(
-    gamma: jax.Array, factor_BD: jax.Array, fixed_BD: jax.Array, candidates_BND: jax.Array
-) -> jax.Array:
+def score_candidates(query: Query, candidates_BND: jax.Array) -> jax.Array:
     """Scores [B, N] of each query's own candidates (normalised vectors)."""
-    gap = candidates_BND * factor_BD[:, None] - fixed_BD[:, None]
-    return gamma - jnp.sum(jnp.abs(gap), -1)
+    gap = candidates_BND * query.factor[:, None] - query.fixed[:, None]
+    return query.margin[:, None] - jnp.sum(jnp.abs(gap), -1)
 
 
-def score_table(
-    gamma: jax.Array, factor_BD: jax.Array, fixed_BD: jax.Array, table_ND: jax.Array
-) -> jax.Array:
-    """Scores [B, N] of every row of one table for each query.
+def score_table(query: Query, table_ND: jax.Array) -> jax.Array:
+    """Scores [B, N] of every row of one table (normalised vectors) for each query.
 
     Runs over D with the candidates in the fast dimension, a few of D at a time, so that no
     [B, N, D] array exists and every addition is a vector operation.
@@ -91,6 +102,43 @@ def score_table(
             total_BN = total_BN + jnp.abs(gap)
         return total_BN, None
 
-    parts = tuple(x.T.reshape(-1, group, x.shape[0]) for x in (table_ND, factor_BD, fixed_BD))
-    zeros = jnp.zeros((factor_BD.shape[0], table_ND.shape[0]), jnp.float32)
-    return gamma - jax.lax.scan(add, zeros, parts)[0]
+    columns = (table_ND, query.factor, query.fixed)
+    parts = tuple(x.T.reshape(-1, group, x.shape[0]) for x in columns)
+    zeros = jnp.zeros((query.fixed.shape[0], table_ND.shape[0]), jnp.float32)
+    return query.margin[:, None] - jax.lax.scan(add, zeros, parts)[0]
+
+
+def rank_counts(
+    table_ND: jax.Array, terms: Terms, triples_B3: jax.Array, mode_B: jax.Array, skip_BS: jax.Array
+) -> jax.Array:
+    """How many entities score above, and equal to, the true answer of each query.
+
+    Args:
+      table_ND: normalised vectors of all entities.
+      terms: of the triples' relations.
+      mode_B: which side is asked for.
+      skip_BS: entities that the filtered rank leaves out (true answers; the answer itself may be
+        among them), distinct within a row, -1 for padding.
+
+    Returns:
+      int32 [B, 4]: raw greater, raw equal (without the answer itself), filtered greater, filtered
+      equal.
+    """
+    asks_head = mode_B == HEAD
+    known = jnp.where(asks_head, triples_B3[:, 2], triples_B3[:, 0])
+    answer = jnp.where(asks_head, triples_B3[:, 0], triples_B3[:, 2])[:, None]
+    score_BN = score_table(query(terms, table_ND[known], mode_B), table_ND)
+    true_B1 = jnp.take_along_axis(score_BN, answer, 1)
+    greater, equal = (score_BN > true_B1).sum(1), (score_BN == true_B1).sum(1) - 1
+    skipped = jnp.take_along_axis(score_BN, jnp.maximum(skip_BS, 0), 1)
+    other = (skip_BS >= 0) & (skip_BS != answer)
+    skipped_greater = (other & (skipped > true_B1)).sum(1)
+    skipped_equal = (other & (skipped == true_B1)).sum(1)
+    columns = [greater, equal, greater - skipped_greater, equal - skipped_equal]
+    return jnp.stack(columns, 1).astype(jnp.int32)
+
+
+def given_counts(score_BC: jax.Array) -> jax.Array:
+    """int32 [B, 2]: how many of columns 1.. score above, and equal to, column 0."""
+    true, wrong = score_BC[:, :1], score_BC[:, 1:]
+    return jnp.stack([(wrong > true).sum(1), (wrong == true).sum(1)], 1).astype(jnp.int32)

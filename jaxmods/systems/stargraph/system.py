@@ -47,7 +47,6 @@ class StarGraph(System):
         backward pass; 0 for all at once.
       row_multiple: rows of tables are rounded up to this, so that a mesh can split them; the data
         must be tokenised with the same number.
-      eval_chunk: entities encoded at a time for evaluation.
     """
 
     entities: int = 14505
@@ -61,10 +60,9 @@ class StarGraph(System):
     distinct: int = 0
     encode_chunk: int = 0
     row_multiple: int = 1
-    eval_chunk: int = 1024
 
     def __post_init__(self) -> None:
-        for name in ("entities", "relations", "negatives", "row_multiple", "eval_chunk"):
+        for name in ("entities", "relations", "negatives", "row_multiple"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"StarGraph.{name}: expected 1 or more, found {getattr(self, name)}"
@@ -138,10 +136,8 @@ class StarGraph(System):
             negative = table_UD[negative_BN]
         else:
             head, tail, negative = occurrence_vectors(encode, positive_B3, negative_BN)
-        relation = params["relation_embedding"][positive_B3[:, 1]]
-        positive_score, negative_score = triple_scores(
-            self.score, _gamma(params), self.offset, relation, head, tail, negative, mode
-        )
+        terms = self.relation_terms(params, positive_B3[:, 1])
+        positive_score, negative_score = triple_scores(terms, head, tail, negative, mode)
         out = negative_sampling_loss(
             positive_score, negative_score, batch["weight"], self.temperature
         )
@@ -153,46 +149,56 @@ class StarGraph(System):
         }
         return LossOutput(out.loss, metrics, state)
 
-    def functions(self) -> dict[str, Callable[..., jax.Array]]:
-        """Inference, dropout off.
+    def functions(self) -> dict[str, Callable[..., Any]]:
+        """Inference, dropout off. B rows each; entity and relation ids are int32.
 
-        encode(params, ids [E]) -> [E, D]                   entity vectors, not normalised
-        encode_all(params) -> [N, D]                        normalised vectors of every entity
+        encode(params, ids [B]) -> [B, D]             entity vectors before normalisation
+        entity_vectors(params, ids [B]) -> [B, D]     normalised, fp32: rows of a candidate table
+        relation_terms(params, ids [B])               `scores.Terms`: what ranks candidates
         score_triples(params, triples [B, 3]) -> [B]
-        score_all(params, table [N, D], known [B], relation [B], mode [B]) -> [B, N]
-        score_given(params, known [B], relation [B], mode [B], candidates [B, C]) -> [B, C]
-        rank_counts(params, table [N, D], triples [B, 3], mode [B], skip [B, S]) -> [B, 4]
+        score_candidates(params, known [B], relation [B], mode [B], candidates [B, C]) -> [B, C]
         """
         return {
             "encode": self.encode,
-            "encode_all": self.encode_all,
+            "entity_vectors": self.entity_vectors,
+            "relation_terms": self.relation_terms,
             "score_triples": self.score_triples,
-            "score_all": self.score_all,
-            "score_given": self.score_given,
-            "rank_counts": self.rank_counts,
+            "score_candidates": self.score_candidates,
+        }
+
+    def function_inputs(self, batch_size: int) -> dict[str, dict[str, ArraySpec]]:
+        """Inputs of `entity_vectors` and `score_candidates` (one candidate per query)."""
+        ids = ArraySpec((batch_size,), "int32", ("batch",))
+        return {
+            "entity_vectors": {"ids": ids},
+            "score_candidates": {
+                "known": ids,
+                "relation": ids,
+                "mode": ids,
+                "candidates": ArraySpec((batch_size, 1), "int32", ("batch", None)),
+            },
         }
 
     def encode(self, params: Params, ids: jax.Array) -> jax.Array:
-        """Vectors [E, D] of entities `ids` [E] before normalisation."""
+        """Vectors [B, D] of entities `ids` [B] before normalisation."""
         return self._encode(params, ids, None)
 
-    def encode_all(self, params: Params) -> jax.Array:
-        """Normalised fp32 vectors [N, D] of all entities, `eval_chunk` at a time."""
-        chunks = -(-self.entities // self.eval_chunk)
-        ids = jnp.minimum(jnp.arange(chunks * self.eval_chunk), self.entities - 1)
-        table = jax.lax.map(
-            lambda part: scores.normalise(self.encode(params, part)),
-            ids.reshape(chunks, self.eval_chunk),
-        )
-        return table.reshape(-1, table.shape[-1])[: self.entities]
+    def entity_vectors(self, params: Params, ids: jax.Array) -> jax.Array:
+        """Normalised fp32 vectors [B, D] of entities `ids` [B]."""
+        return scores.normalise(self.encode(params, ids))
+
+    def relation_terms(self, params: Params, ids: jax.Array) -> scores.Terms:
+        """What relations `ids` [B] contribute to a score, and the margin."""
+        vectors = params["relation_embedding"][ids]
+        return scores.terms(self.score, vectors, self.offset, params["gamma"])
 
     def score_triples(self, params: Params, triples: jax.Array) -> jax.Array:
         """Scores [B] of triples [B, 3]."""
         mode = jnp.zeros(triples.shape[0], jnp.int32)
         known, relation, answer = triples[:, 0], triples[:, 1], triples[:, 2:3]
-        return self.score_given(params, known, relation, mode, answer)[:, 0]
+        return self.score_candidates(params, known, relation, mode, answer)[:, 0]
 
-    def score_given(
+    def score_candidates(
         self,
         params: Params,
         known: jax.Array,
@@ -200,64 +206,17 @@ class StarGraph(System):
         mode: jax.Array,
         candidates: jax.Array,
     ) -> jax.Array:
-        """Scores [B, C] of each query's own `candidates` [B, C]; see `score_all`."""
-        b, c = candidates.shape
-        ids = jnp.concatenate([known[:, None], candidates], 1)
-        vectors = scores.normalise(self.encode(params, ids.reshape(-1))).reshape(b, c + 1, -1)
-        factor, fixed = self._queries(params, vectors[:, 0], relation, mode)
-        return scores.score_candidates(_gamma(params), factor, fixed, vectors[:, 1:])
-
-    def score_all(
-        self,
-        params: Params,
-        table_ND: jax.Array,
-        known: jax.Array,
-        relation: jax.Array,
-        mode: jax.Array,
-    ) -> jax.Array:
-        """Scores [B, N] of all entities of a table (from `encode_all`) as the missing side.
+        """Scores [B, C] of each query's own `candidates` [B, C].
 
         Args:
           known: int32 [B], the head where `mode` is 0 (the tail is asked for), else the tail.
           relation, mode: int32 [B].
         """
-        factor, fixed = self._queries(params, table_ND[known], relation, mode)
-        return scores.score_table(_gamma(params), factor, fixed, table_ND)
-
-    def rank_counts(
-        self,
-        params: Params,
-        table_ND: jax.Array,
-        triples: jax.Array,
-        mode: jax.Array,
-        skip: jax.Array,
-    ) -> jax.Array:
-        """How many entities score above and equal to the true answer of each query.
-
-        Args:
-          table_ND: from `encode_all`.
-          triples: int32 [B, 3]. mode: int32 [B], which side is asked for.
-          skip: int32 [B, S], entities that the filtered rank leaves out (other true answers and
-            the answer itself), distinct within a row, -1 for padding.
-
-        Returns:
-          int32 [B, 4]: raw greater, raw equal (the answer itself left out), filtered greater,
-          filtered equal.
-        """
-        asks_head = mode == scores.HEAD
-        known = jnp.where(asks_head, triples[:, 2], triples[:, 0])
-        answer = jnp.where(asks_head, triples[:, 0], triples[:, 2])
-        factor, fixed = self._queries(params, table_ND[known], triples[:, 1], mode)
-        score_BN = scores.score_table(_gamma(params), factor, fixed, table_ND)
-        true_B1 = jnp.take_along_axis(score_BN, answer[:, None], 1)
-        greater, equal = (score_BN > true_B1).sum(1), (score_BN == true_B1).sum(1) - 1
-        skipped = jnp.take_along_axis(score_BN, jnp.maximum(skip, 0), 1)
-        other = (skip >= 0) & (skip != answer[:, None])
-        skipped_greater = (other & (skipped > true_B1)).sum(1)
-        skipped_equal = (other & (skipped == true_B1)).sum(1)
-        return jnp.stack(
-            [greater, equal, greater - skipped_greater, equal - skipped_equal], 1
-        ).astype(jnp.int32)
+        b, c = candidates.shape
+        ids = jnp.concatenate([known[:, None], candidates], 1)
+        vectors = self.entity_vectors(params, ids.reshape(-1)).reshape(b, c + 1, -1)
+        query = scores.query(self.relation_terms(params, relation), vectors[:, 0], mode)
+        return scores.score_candidates(query, vectors[:, 1:])
 
     def weights(self) -> WeightMap:
         """The map of the official state dict."""
@@ -303,8 +262,13 @@ class StarGraph(System):
                 continue
             array = constants[path]
             largest = int(array.max(initial=0))
-            if largest != limit and not (path == f"{GRAPH}/nodes" and largest < limit):
-                problems.append(f"{path}: largest id {largest}, expected {limit}; set {field}")
+            # The padding id is the limit itself; a table may do without padding.
+            fits = largest in (limit - 1, limit) or (path == f"{GRAPH}/nodes" and largest < limit)
+            if not fits:
+                problems.append(
+                    f"{path}: expected {field}={limit} as its largest id, found {largest}; "
+                    f"set system.{field}={largest}"
+                )
         for path in constants:
             if path not in self._table_limits():
                 problems.append(f"{path}: no such table in this system; switch it off in the data")
@@ -350,12 +314,6 @@ class StarGraph(System):
 
         return chunked
 
-    def _queries(
-        self, params: Params, known_BD: jax.Array, relation: jax.Array, mode: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        vectors = params["relation_embedding"][relation]
-        return scores.queries(self.score, known_BD, vectors, mode, self.offset)
-
     def _table_limits(self) -> dict[str, tuple[str, int]]:
         """Largest id that each table of the graph must hold, and the field that says so."""
         e = self.encoder
@@ -370,10 +328,6 @@ class StarGraph(System):
         if e.nodes:
             limits[f"{GRAPH}/nodes"] = ("entities", self.entities)
         return limits
-
-
-def _gamma(params: Params) -> jax.Array:
-    return params["gamma"].astype(jnp.float32)[0]
 
 
 def _is_graph(name: str) -> bool:

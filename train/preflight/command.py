@@ -1,0 +1,232 @@
+"""`jaxmods preflight`: what a recipe needs on a TPU topology, found out without one."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from train.exits import ExitCode, UsageError, UserError
+from train.preflight import topologies
+
+if TYPE_CHECKING:
+    from train.experiment import Experiment
+    from train.preflight.report import Report
+    from train.preflight.topologies import Topology
+
+LOG = logging.getLogger("train")
+
+_AXES = ("data", "fsdp", "tensor", "context")
+_EXAMPLE = """examples:
+  jaxmods preflight fgclip/base_stage1 --topology v5e-256
+  jaxmods preflight fgclip/large_stage1 --topology v5p:4x4x4 --set batch_size=131072
+  jaxmods preflight fgclip/base_stage1 --topology v5e-256 --compare data=256 fsdp=16
+  jaxmods preflight fgclip/base_stage1 --topology v5e-256 --sweep fsdp=1,16,256 tensor=1,4
+
+exit codes:
+  0 fits   1 error   2 wrong usage   12 does not fit into memory"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the command `preflight` to `argparse` sub-commands."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "preflight",
+        help="compile a recipe for a TPU topology without a TPU: memory, FLOPs, traffic, time",
+        description="Compile a recipe for a TPU topology without a TPU: does it fit, what does it "
+        "communicate, how long might a step take.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="system/recipe, or file.py:function for your own"
+    )
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="v5e:16x16, or the product's name: v5e-256, v5p-128, v6e-64, tpu7x-128",
+    )
+    parser.add_argument(
+        "--slices", type=int, default=1, metavar="N", help="equal slices over DCN (default: 1)"
+    )
+    parser.add_argument(
+        "--what",
+        choices=("train", "eval"),
+        default="train",
+        help="the training step (default), or the named functions that evaluations call",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        dest="settings",
+        metavar="PATH=VALUE",
+        help="override values of the recipe by dotted path",
+    )
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="two meshes side by side, each as fsdp=16,tensor=4; data takes the rest",
+    )
+    group.add_argument(
+        "--sweep",
+        nargs="*",
+        metavar="AXIS=SIZES",
+        help="all meshes of these sizes, ranked, as fsdp=1,16,256 tensor=1,4; data takes the rest",
+    )
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command. Returns 0 when (any of) the programs fit, 12 when not."""
+    topology = topologies.parse(options.topology, options.slices)
+    topologies.require_libtpu()
+    topologies.settle_environment()
+
+    from train.preflight.report import compare, table
+    from train.recipes import resolve
+
+    experiment = resolve(options.recipe, options.settings).experiment
+    devices = topologies.devices(topology)
+    if options.compare is None and options.sweep is None:
+        reports = reports_for(options.recipe, options.what, experiment, topology, devices)
+        if options.json:
+            found = [r.json() for r in reports]
+            print(json.dumps(found[0] if options.what == "train" else found, indent=2))
+        else:
+            print("\n\n".join(table(r) for r in reports))
+        return ExitCode.OK if all(r.fits for r in reports) else ExitCode.OUT_OF_MEMORY
+
+    if options.what != "train":
+        raise UsageError("--compare and --sweep: expected --what train; evaluate one mesh at a time")
+    if options.compare is not None:
+        meshes = [mesh_sizes(text, topology) for text in options.compare]
+    else:
+        meshes = list(sweep_sizes(options.sweep, topology))
+    reports, skipped = [], {}
+    for i, sizes in enumerate(meshes):
+        name = " ".join(f"{k}={v}" for k, v in sizes.items())
+        LOG.info("%d of %d: %s", i + 1, len(meshes), name)
+        changed = dataclasses.replace(
+            experiment, mesh=dataclasses.replace(experiment.mesh, **sizes)
+        )
+        try:
+            reports += reports_for(options.recipe, "train", changed, topology, devices)
+        except UserError as error:
+            skipped[name] = str(error)
+    if options.sweep is not None:
+        reports.sort(key=_rank)
+    if options.json:
+        print(json.dumps({"meshes": [r.json() for r in reports], "skipped": skipped}, indent=2))
+    else:
+        title = f"{options.recipe} on {topology.name}, batch {experiment.batch_size:,}"
+        print(compare(reports, title=title))
+        for name, reason in skipped.items():
+            print(f"  {name}: skipped, {reason}", file=sys.stderr)
+    if not reports:
+        raise UserError("preflight: no mesh could be compiled: " + "; ".join(skipped.values()))
+    return ExitCode.OK if any(r.fits for r in reports) else ExitCode.OUT_OF_MEMORY
+
+
+def _rank(report: Report) -> tuple[bool, float]:
+    return not report.fits, report.estimate.point if report.estimate else report.memory.total
+
+
+def reports_for(
+    recipe: str, what: str, experiment: Experiment, topology: Topology, devices: list[Any]
+) -> list[Report]:
+    """Reports of one mesh: of the training step, or one per named function.
+
+    Raises:
+      UserError: a recipe that does not suit the topology, or has nothing to compile.
+    """
+    from train.preflight import program
+    from train.preflight.report import make_report
+
+    if what == "train":
+        compiled = program.train_step(experiment, topology, devices)
+        analytic = experiment.system.flops_per_example()
+        size = experiment.batch_size
+        return [make_report(recipe, "train", experiment, topology, compiled, size, analytic)]
+    rows = experiment.evaluation.batch_size
+    inputs = experiment.system.function_inputs(rows)
+    if not inputs:
+        raise UserError(
+            f"preflight: {type(experiment.system).__name__} does not say what its functions take; "
+            "implement System.function_inputs"
+        )
+    reports = []
+    for name, arguments in inputs.items():
+        compiled = program.inference(experiment, topology, devices, name, arguments)
+        reports.append(make_report(recipe, name, experiment, topology, compiled, rows, None))
+    return reports
+
+
+def mesh_sizes(text: str, topology: Topology) -> dict[str, int]:
+    """Sizes of all mesh axes from `fsdp=16,tensor=4`; "data" takes what is left.
+
+    Raises:
+      UsageError: a malformed text, or sizes that do not divide the devices.
+    """
+    sizes = dict.fromkeys(_AXES, 1)
+    given = {}
+    for part in text.split(","):
+        axis, sign, size = part.partition("=")
+        if not sign or axis not in _AXES or not size.isdigit() or int(size) < 1:
+            raise UsageError(
+                f"--compare: expected axis=size pairs as fsdp=16,tensor=4, found {text!r}; "
+                f"axes: {', '.join(_AXES)}"
+            )
+        given[axis] = int(size)
+    sizes.update(given)
+    if "data" not in given:
+        known = sizes["fsdp"] * sizes["tensor"] * sizes["context"]
+        if topology.devices % known:
+            raise UsageError(
+                f"--compare: {text} does not divide the {topology.devices} devices of "
+                f"{topology.name}"
+            )
+        sizes["data"] = topology.devices // known
+    return sizes
+
+
+def sweep_sizes(choices: Sequence[str], topology: Topology) -> Iterator[dict[str, int]]:
+    """Meshes of a sweep: all combinations that divide the devices and leave whole slices.
+
+    Args:
+      choices: `axis=size,size`; axes left out keep 1, without any: fsdp and tensor in steps.
+    """
+    per_slice = topology.devices // topology.slices
+    options: dict[str, list[int]] = {}
+    for text in choices:
+        axis, sign, sizes = text.partition("=")
+        parts = sizes.split(",")
+        if not sign or axis not in _AXES[1:] or not all(p.isdigit() and int(p) for p in parts):
+            raise UsageError(
+                f"--sweep: expected axis=sizes as fsdp=1,16,256, found {text!r}; "
+                f"axes: {', '.join(_AXES[1:])} (data takes the rest)"
+            )
+        options[axis] = [int(p) for p in parts]
+    if not options:
+        side = max(topology.shape)
+        options = {"fsdp": sorted({1, side, per_slice}), "tensor": [1, 4]}
+    found = False
+    for combination in itertools.product(*options.values()):
+        sizes = dict.fromkeys(_AXES, 1) | dict(zip(options, combination, strict=True))
+        known = sizes["fsdp"] * sizes["tensor"] * sizes["context"]
+        if per_slice % known == 0:
+            found = True
+            yield sizes | {"data": topology.devices // known}
+    if not found:
+        raise UsageError(f"--sweep: none of the sizes divides the {per_slice} devices of a slice")
