@@ -15,7 +15,7 @@ a long caption) and "regions" (also four box texts, two with ten hard negatives)
 
 By default each side has one thread (rate per core); `--workers N` gives N reader threads to the one
 and N worker processes to the other. `cpu` rates divide by processor time instead of wall time: on a
-busy machine they are the ones to trust (they cannot see worker processes).
+busy machine they are the ones to trust (not shown with workers, whose time they cannot see).
 """
 
 from __future__ import annotations
@@ -232,13 +232,12 @@ def main() -> None:
     print(f"{facts['machine']}; {facts['pictures']} files, {options.workers} workers")
     for name in ("captions", "regions"):
         ours = facts[name]["jaxmods"]
-        print(f"\n{name:16}{'pictures/s':>12}{'ratio':>8}{'per cpu s':>12}{'ratio':>8}")
+        columns = ("per_second", "per_cpu_second") if not options.workers else ("per_second",)
+        titles = "".join(f"{c.replace('_', ' '):>16}{'ratio':>8}" for c in columns)
+        print(f"\n{name:16}{titles}")
         for row, values in facts[name].items():
-            wall, cpu = values["per_second"], values["per_cpu_second"]
-            print(
-                f"{row:16}{wall:12.1f}{ours['per_second'] / wall:8.2f}"
-                f"{cpu:12.1f}{ours['per_cpu_second'] / cpu:8.2f}"
-            )
+            cells = (f"{values[c]:16.1f}{ours[c] / values[c]:8.2f}" for c in columns)
+            print(f"{row:16}{''.join(cells)}")
 
 
 if __name__ == "__main__":

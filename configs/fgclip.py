@@ -55,8 +55,8 @@ TINY = FgClip(
         mlp=512,
         vocab_size=SCENE_VOCABULARY,
         context_short=24,
-        context_long=96,
-        keep=12,
+        context_long=93,
+        keep=1,
         bos_id=SCENE_VOCABULARY - 2,
         eos_id=SCENE_VOCABULARY - 1,
         pad_id=SCENE_VOCABULARY - 1,
@@ -68,6 +68,7 @@ TINY = FgClip(
     same_text="positive",
     # From scratch with a large learning rate the temperature would run away; CLIP's own bound.
     max_logit_scale=100.0,
+    long_start="stretched",
 )
 
 

@@ -30,7 +30,7 @@ import numpy as np
 
 from data_pipelines.boxes import Box
 from data_pipelines.records import ImageTextRecord
-from data_pipelines.tokenizers import Tokenizer, encode
+from data_pipelines.tokenizers import Tokenizer, encode, encode_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +107,8 @@ def encode_example(
     """
     cut: Counter[str] = Counter()
 
-    def text(value: str, length: int, what: str) -> np.ndarray:
-        ids, lost = encode(tokenizer, value, length)
+    def rows(values: Sequence[str], length: int, what: str) -> np.ndarray:
+        ids, lost = encode_rows(tokenizer, values, length)
         if lost:
             cut[what] += lost
         return ids
@@ -121,26 +121,23 @@ def encode_example(
     if layout.max_boxes and len(record.regions) > len(picked):  # N = 0: boxes are not wanted
         cut["boxes"] += len(record.regions) - len(picked)
     wants_long = choices.long_phrase + (False,) * (len(picked) - len(choices.long_phrase))
-    box_text, hard = [], []
+    box_texts, hard = [], []
     for index, use_long in zip(picked, wants_long, strict=True):
         region = record.regions[index]
         phrase = region.long_phrase if use_long and region.long_phrase is not None else None
-        box_text.append(
-            text(region.phrase if phrase is None else phrase, layout.context_short, "region_tokens")
-        )
+        box_texts.append(region.phrase if phrase is None else phrase)
         if not region.negatives or not layout.pack_slots:
             continue
         if len(region.negatives) > layout.negatives:
             cut["negatives"] += len(region.negatives) - layout.negatives
         texts = (region.phrase, *region.negatives[: layout.negatives])
-        rows = [text(t, layout.context_short, "hard_tokens") for t in texts]
-        hard.append(HardBox(region.box, np.stack(rows)))
+        hard.append(HardBox(region.box, rows(texts, layout.context_short, "hard_tokens")))
     return Example(
         image=image,
-        text_short=text(layout.short_prefix + short, layout.context_short, "short_tokens"),
-        text_long=text(long, layout.context_long, "long_tokens"),
+        text_short=rows((layout.short_prefix + short,), layout.context_short, "short_tokens")[0],
+        text_long=rows((long,), layout.context_long, "long_tokens")[0],
         boxes=tuple(record.regions[i].box for i in picked),
-        box_text=np.stack(box_text) if box_text else np.zeros((0, layout.context_short), np.int32),
+        box_text=rows(box_texts, layout.context_short, "region_tokens"),
         hard=tuple(hard),
         cut=dict(cut),
     )

@@ -29,7 +29,8 @@ _SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _SPACES = regex.compile(f"[{_SPACE}]+")
 _PIECES = regex.compile(rf"'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^{_SPACE}\p{{L}}\p{{N}}]+")
 _SPECIAL = regex.compile(r"(<\|startoftext\|>|<\|endoftext\|>)")
-_CACHED_WORDS = 1 << 16
+_CACHED = 1 << 16  # words and phrases each
+_PHRASE = 80  # texts up to this many characters are likely to come again
 
 
 class Tokenizer(Protocol):
@@ -44,7 +45,7 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def tokens(self, text: str) -> list[int]:
+    def tokens(self, text: str) -> Sequence[int]:
         """Ids of `text` without bos and eos, not truncated."""
         ...
 
@@ -54,22 +55,28 @@ def encode(tokenizer: Tokenizer, text: str, length: int) -> tuple[np.ndarray, in
 
     Too long a text keeps its first `length - 2` tokens; eos stays last.
     """
-    out = np.full(length, tokenizer.pad_id, np.int32)
-    ids = tokenizer.tokens(text)
-    cut = max(0, len(ids) + 2 - length)
-    kept = ids[: length - 2] if cut else ids
-    out[0] = tokenizer.bos_id
-    out[1 : len(kept) + 1] = kept
-    out[len(kept) + 1] = tokenizer.eos_id
+    rows, cut = encode_rows(tokenizer, (text,), length)
+    return rows[0], cut
+
+
+def encode_rows(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> tuple[np.ndarray, int]:
+    """Texts as int32 [len(texts), length], and how many tokens were cut in all; see `encode`."""
+    out = np.full((len(texts), length), tokenizer.pad_id, np.int32)
+    out[:, 0] = tokenizer.bos_id
+    eos, room, cut = tokenizer.eos_id, length - 2, 0
+    for row, text in zip(out, texts, strict=True):
+        ids = tokenizer.tokens(text)
+        if len(ids) > room:
+            cut += len(ids) - room
+            ids = ids[:room]
+        row[1 : len(ids) + 1] = ids
+        row[len(ids) + 1] = eos
     return out, cut
 
 
 def encode_batch(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> np.ndarray:
     """Texts as int32 [len(texts), length]; see `encode`."""
-    out = np.empty((len(texts), length), np.int32)
-    for row, text in zip(out, texts, strict=True):
-        row[:] = encode(tokenizer, text, length)[0]
-    return out
+    return encode_rows(tokenizer, texts, length)[0]
 
 
 class ClipTokenizer:
@@ -90,7 +97,8 @@ class ClipTokenizer:
         self._vocab = dict(vocab)
         self._merges = tuple(merges)
         self._ranks = {pair: rank for rank, pair in enumerate(self._merges)}
-        self._word = functools.lru_cache(maxsize=_CACHED_WORDS)(self._encode_word)
+        self._word = functools.lru_cache(maxsize=_CACHED)(self._encode_word)
+        self._phrase = functools.lru_cache(maxsize=_CACHED)(self._encode_text)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ClipTokenizer:
@@ -146,8 +154,11 @@ class ClipTokenizer:
         """Rows that an embedding table needs (highest id + 1)."""
         return max(self._vocab.values()) + 1
 
-    def tokens(self, text: str) -> list[int]:
+    def tokens(self, text: str) -> tuple[int, ...]:
         """Ids of `text` without bos and eos, not truncated."""
+        return self._phrase(text) if len(text) <= _PHRASE else self._encode_text(text)
+
+    def _encode_text(self, text: str) -> tuple[int, ...]:
         out: list[int] = []
         parts = _SPECIAL.split(text) if "<|" in text else (text,)
         for part in parts:
@@ -156,7 +167,7 @@ class ClipTokenizer:
                 continue
             for piece in _PIECES.findall(clean(part)):
                 out.extend(self._word(piece))
-        return out
+        return tuple(out)
 
     def encode_batch(self, texts: Sequence[str], length: int) -> np.ndarray:
         """Texts as int32 [len(texts), length]."""

@@ -24,6 +24,9 @@ MESHES = {
 }
 
 
+MIXED = "data x fsdp x tensor"
+
+
 @functools.cache
 def alone(system: FgClip) -> tuple[Any, Any]:
     """The step on one device."""
@@ -59,18 +62,20 @@ def on_mesh(system: FgClip, shape: MeshShape) -> tuple[Any, Any]:
     return out, grads
 
 
-@pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES.keys())
-def test_same_step_on_every_mesh(shape: MeshShape) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [name if name == MIXED else pytest.param(name, marks=pytest.mark.slow) for name in MESHES],
+)
+def test_same_step_on_every_mesh(name: str) -> None:
     assert jax.device_count() == 8
-    assert_same_step(on_mesh(TINY, shape), alone(TINY))
+    assert_same_step(on_mesh(TINY, MESHES[name]), alone(TINY))
 
 
+@pytest.mark.slow
 def test_same_step_with_every_option() -> None:
     """Microbatches, recomputation and multi-positive targets under a mixed mesh."""
     system = tiny(same_text="positive", microbatch=8)
-    assert_same_step(
-        on_mesh(system, MESHES["data x fsdp x tensor"]), alone(tiny(same_text="positive"))
-    )
+    assert_same_step(on_mesh(system, MESHES[MIXED]), alone(tiny(same_text="positive")))
 
 
 def test_parameters_are_split() -> None:
@@ -85,4 +90,4 @@ def test_parameters_are_split() -> None:
             size = int(np.prod(leaf.shape))
             whole += size
             split += int(np.prod(sharding.shard_shape(leaf.shape)))
-        assert split < whole / 4
+        assert split < whole / 3  # small tables whose sides eight does not divide stay whole

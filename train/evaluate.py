@@ -138,7 +138,7 @@ def run_protocols(
     functions = evaluator.functions(params)
     results = {}
     for protocol in protocols:
-        with announced(f"evaluating {protocol.name} at step {step}"):
+        with announced(f"evaluating {protocol.name} at step {step}", closing=False):
             result = protocol.run(functions, panels=panels)
         results[protocol.name] = result
         if folder is not None:

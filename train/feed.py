@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import queue
 import threading
@@ -21,9 +22,11 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from data_pipelines.batch import BatchInfo, HostBatch, Pipeline
+from data_pipelines.batch import BatchInfo, HostBatch, Pipeline, Quarantined
 from jaxmods.system import ArraySpec
 from train.exits import UserError
+
+LOG = logging.getLogger("train")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +216,7 @@ class Ledger:
         self.seen: int = saved.get("seen", 0)
         self.used: int = saved.get("used", 0)
         self._known: set[tuple[str, str, str]] = set()
+        self._reported: tuple[dict[str, int], list[str]] | None = None
         self._file = None
         if folder is not None:
             path = folder / "quarantine.jsonl"
@@ -256,6 +260,13 @@ class Ledger:
             "cut": dict(sorted(self.cut.items())),
         }
 
+    def report(self, *, always: bool) -> None:
+        """Log the counters when a reason or a record is new since the last time, or always."""
+        counts = {k: v["records"] for k, v in self.quarantine.items()}, sorted(self.repaired)
+        if (counts != self._reported and any(counts)) or (always and self.line()):
+            LOG.info(self.line())
+        self._reported = counts
+
     def line(self) -> str:
         """One line for the log; empty when nothing was left out, mended or cut."""
         parts = []
@@ -277,6 +288,29 @@ class Ledger:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def exchange(mine: list[tuple[int, BatchInfo]]) -> list[tuple[int, BatchInfo]]:
+    """The (step, info) of all processes, by step and then in the order of their rows.
+
+    A collective call where there are several processes; the argument where there is one.
+    """
+    if jax.process_count() == 1:
+        return mine
+    from jax.experimental import multihost_utils
+
+    text = json.dumps([[step, dataclasses.asdict(info)] for step, info in mine]).encode()
+    sizes = np.asarray(multihost_utils.process_allgather(np.asarray(len(text), np.int32)))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    gathered = np.asarray(multihost_utils.process_allgather(padded))
+    entries = []
+    for row, size in zip(gathered, sizes, strict=True):
+        for step, facts in json.loads(row[: int(size)].tobytes()):
+            facts["record_ids"] = tuple(facts["record_ids"])
+            facts["quarantined"] = tuple(Quarantined(**q) for q in facts["quarantined"])
+            entries.append((step, BatchInfo(**facts)))
+    return sorted(entries, key=lambda entry: entry[0])  # stable: rows stay in order
 
 
 def sync(file: Any) -> None:

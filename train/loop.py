@@ -36,7 +36,7 @@ from train.evaluate import (
 )
 from train.exits import NonFiniteError, UserError
 from train.experiment import Experiment
-from train.feed import Feed, Ledger
+from train.feed import Feed, Ledger, exchange
 from train.metrics import Console, Window, Writer, announced, duration
 from train.recipes import Recipe
 from train.results import write_json
@@ -160,6 +160,7 @@ class _Run:
         )
         if self.writer is not None:
             stack.callback(self.writer.close)
+        self.unentered: list[tuple[int, BatchInfo]] = []
         self.last: dict[str, float] = {}
         self.results: dict[str, EvalResult] = {}
         self.evaluated = -1  # step of `results`
@@ -278,9 +279,10 @@ class _Run:
             try:
                 batch = self.feed.take()
             except DataError:
-                if pending is not None:
-                    self._settle(step, pending)
-                self._save()
+                if jax.process_count() == 1:  # saving takes all processes, and the others go on
+                    if pending is not None:
+                        self._settle(step, pending)
+                    self._save()
                 raise
             self.state, output = step.run(self.state, batch.arrays, np.asarray(index, np.int32))
             if pending is not None:
@@ -323,7 +325,7 @@ class _Run:
         metrics = step.metrics(scalars)
         if scalars[0] == 0.0:
             self._refuse(pending, metrics)
-        self.ledger.enter(pending.info, pending.index)
+        self.unentered.append((pending.index, pending.info))
         self.window.add(metrics)
         self._steps_in_line += 1
         done = pending.index + 1
@@ -356,7 +358,14 @@ class _Run:
 
     # What happens now and then
 
+    def _enter(self) -> None:
+        """Enter what all processes used since the last time. Called by all at the same steps."""
+        for index, info in exchange(self.unentered):
+            self.ledger.enter(info, index)
+        self.unentered = []
+
     def _log(self, done: int) -> None:
+        self._enter()
         now = time.perf_counter()
         busy = max(now - self._clock - self._paused, 1e-9)
         self.elapsed += busy
@@ -377,9 +386,7 @@ class _Run:
             write_json(self.workdir / "counters.json", self.ledger.state())
         if self.console is not None:
             self.console.report(done, values)
-        line = self.ledger.line()
-        if line:
-            LOG.info(line)
+        self.ledger.report(always=done == self.experiment.steps)
         self._restart_clock()
 
     def _restart_clock(self) -> None:
@@ -413,6 +420,7 @@ class _Run:
 
     def _save(self) -> None:
         """Begin a checkpoint of the present state; all its steps are settled."""
+        self._enter()
         if self.writer is not None:
             self.writer.flush()
         self.ledger.flush()

@@ -149,9 +149,9 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def announced(what: str) -> Iterator[None]:
+def announced(what: str, *, closing: bool = True) -> Iterator[None]:
     """Say that something long goes on (`compiling train step …, 41 s`): counting on a terminal,
-    one line before and one after elsewhere."""
+    a line before it elsewhere, and with `closing` a line after it with the seconds it took."""
     begun = time.perf_counter()
     terminal = sys.stderr.isatty()
     done = threading.Event()
@@ -173,4 +173,5 @@ def announced(what: str) -> Iterator[None]:
         if ticker is not None:
             ticker.join()
             sys.stderr.write("\r\x1b[K")
-    LOG.info("%s …, %.1f s", what, time.perf_counter() - begun)
+    if closing:
+        LOG.info("%s …, %.1f s", what, time.perf_counter() - begun)

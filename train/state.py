@@ -271,6 +271,10 @@ def init_state(
 
 
 def _checked_constants(plan: Plan, constants: Mapping[str, np.ndarray]) -> Flat:
+    try:
+        plan.experiment.system.check_constants(constants)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     want, labels = flatten(plan.abstract.params), flatten(plan.labels)
     given = {tuple(name.split("/")): np.asarray(value) for name, value in constants.items()}
     for path, value in given.items():

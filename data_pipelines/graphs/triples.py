@@ -1,7 +1,7 @@
 """Knowledge graphs as integer triples, whatever files they come from.
 
 Readers: `TextTriples` (the usual train/valid/test.txt of names), `IntegerTriples` (one npz of ids),
-`OgbWikikg2` (the raw layout of ogbl-wikikg2). Numbering and what is left out follow the official
+`FolderTriples` (either of them), `OgbWikikg2` (the raw layout of ogbl-wikikg2). Numbering and what is left out follow the official
 StarGraph code: entities are numbered by their sorted names *in train*, and a valid or test triple
 with an entity or relation that train does not have is dropped, and counted.
 """
@@ -157,6 +157,31 @@ class IntegerTriples(GraphSource):
     def fingerprint(self) -> str:
         path = Path(self.folder) / "triples.npz"
         return _hash(type(self).__name__, self.numbering, _size(path))
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderTriples(GraphSource):
+    """Whichever of `TextTriples` and `IntegerTriples` the folder holds (text first)."""
+
+    folder: str
+    numbering: Numbering = "train"
+
+    def _inner(self) -> GraphSource:
+        folder = Path(self.folder)
+        if (folder / "train.txt").exists():
+            return TextTriples(self.folder, self.numbering)
+        if (folder / "triples.npz").exists():
+            return IntegerTriples(self.folder, self.numbering)
+        raise DataError(
+            f"{folder}: expected train.txt, valid.txt and test.txt (head, relation, tail separated "
+            "by tabs), or triples.npz; set the folder of the recipe's sources"
+        )
+
+    def read(self) -> Graph:
+        return self._inner().read()
+
+    def fingerprint(self) -> str:
+        return self._inner().fingerprint()
 
 
 @dataclasses.dataclass(frozen=True)

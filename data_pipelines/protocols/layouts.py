@@ -254,8 +254,12 @@ class ImageNet(Listed):
 
     The label, `extra["label"]`, is the position of the wnid among the sorted wnids, or the number
     that names the folder; never the position in a listing of the folders.
+
+    Attributes:
+      classes: file of the class names (`prompts.imagenet_classes`).
     """
 
+    classes: str = ""
     label: str = "imagenet/val"
 
     @property
@@ -265,7 +269,7 @@ class ImageNet(Listed):
     def read_index(self) -> tuple[ImageTextRecord, ...]:
         root = expect(Path(self.root), self.label)
         folder = root / "val" if (root / "val").is_dir() else root
-        number = {wnid: n for n, (wnid, _) in enumerate(imagenet_classes())}
+        number = {wnid: n for n, (wnid, _) in enumerate(imagenet_classes(self.classes))}
         number |= {str(n): n for n in range(len(number))}
         classes = sorted(
             (number[p.name], p) for p in folder.iterdir() if p.is_dir() and p.name in number

@@ -162,9 +162,7 @@ class LinkPrediction(Protocol):
                 f"{graph.name}: the {self.split} split has no given negatives; use "
                 "candidates='filtered'"
             )
-        answer = np.where(
-            questions.mode == HEAD, questions.triples[:, 0], questions.triples[:, 2]
-        )
+        answer = np.where(questions.mode == HEAD, questions.triples[:, 0], questions.triples[:, 2])
         relation = questions.triples[:, 1]
         size = len(answer)
         terms = _relation_terms(functions, graph.relations * (1 + self.inverse))

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from data_pipelines.protocols.base import (
@@ -42,7 +43,11 @@ from data_pipelines.protocols.layouts import (
     Urban1k,
 )
 from data_pipelines.protocols.negatives import SourceHardNegatives
-from data_pipelines.protocols.prompts import OPENAI_TEMPLATES, imagenet_classes
+from data_pipelines.protocols.prompts import (
+    OPENAI_TEMPLATES,
+    are_published_names,
+    imagenet_classes,
+)
 from data_pipelines.tokenizers import Tokenizer
 
 Model = Literal["", "fgclip/base", "fgclip/large"]
@@ -364,22 +369,40 @@ class ImageNetZeroShot(_Prompted):
     """ImageNet-1K validation, 80 templates, 1,000 published class names.
 
     The official script drops its last incomplete batch; here every picture counts once.
+
+    Attributes:
+      classes: file of the class names, `<wnid> <name>` a line; "" is `classes.txt` under `root`.
     """
 
     REQUIRES: ClassVar[tuple[str, ...]] = ("image_features", "text_features_short")
+    classes: str = ""
     EXPECTED: ClassVar[tuple[str, int] | None] = ("records", 50_000)
 
     @property
     def name(self) -> str:
         return "imagenet"
 
+    @property
+    def classes_file(self) -> str:
+        return self.classes or str(Path(self.root) / "classes.txt")
+
+    def deviations(self) -> tuple[str, ...]:
+        found = super().deviations()
+        if are_published_names(imagenet_classes(self.classes_file)):
+            return found
+        return (
+            *found,
+            f"classes: the names in {self.classes_file} are not those that the published numbers "
+            "were made with",
+        )
+
     def source(self) -> Listed:
-        return ImageNet(self.root, self.images)
+        return ImageNet(self.root, self.images, self.classes_file)
 
     def counted_by(self) -> Protocol:
         return SourceClassification(
             **self.options(),
-            classes=tuple(name for _, name in imagenet_classes()),
+            classes=tuple(name for _, name in imagenet_classes(self.classes_file)),
             templates=self.templates,
         )
 
@@ -395,7 +418,7 @@ class ImageNetV2ZeroShot(ImageNetZeroShot):
         return "imagenet_v2"
 
     def source(self) -> Listed:
-        return ImageNet(self.root, self.images, label="imagenet/v2")
+        return ImageNet(self.root, self.images, self.classes_file, label="imagenet/v2")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -149,14 +149,17 @@ def relation(a: SceneObject, b: SceneObject) -> Relation | None:
     return None
 
 
-def sample_scene(seed: int, index: int) -> Scene:
+def sample_scene(seed: int, index: int, settings: tuple[str, ...] = ()) -> Scene:
     """The scene with this seed and index. Pure: no state, any order, equal on every machine.
+
+    Args:
+      settings: keys of `vocabulary.SETTINGS` to draw the setting from; empty for all.
 
     Raises:
       ValueError: seed or index is negative.
     """
     draws = Draws(seed, index)
-    setting = draws.choice(tuple(SETTINGS))
+    setting = draws.choice(settings or tuple(SETTINGS))
     horizon = draws.choice(HORIZONS)
     light = round(draws.uniform(0.35, 1.0) * (1 if draws.chance(0.5) else -1), 4)
     pan, tint = round(draws.uniform(), 4), round(draws.uniform(), 4)

@@ -9,7 +9,7 @@ from data_pipelines.scenes.captions import long_caption, short_caption
 from data_pipelines.scenes.graph import sample_scene
 from data_pipelines.scenes.regions import regions
 from data_pipelines.scenes.render import render
-from data_pipelines.scenes.vocabulary import Language, check_language
+from data_pipelines.scenes.vocabulary import SETTINGS, Language, check_language
 from data_pipelines.sources.base import Source, digest
 
 # Raised whenever the same (seed, index) would give another picture or text.
@@ -32,6 +32,7 @@ class Scenes(Source):
       image_size: pixels per side.
       language: "en" or "zh", of captions, phrases and labels.
       short_captions: how many different short captions each record carries.
+      settings: keys of `vocabulary.SETTINGS` that the scenes take place in; empty for all.
     """
 
     seed: int = 0
@@ -40,6 +41,7 @@ class Scenes(Source):
     image_size: int = 64
     language: Language = "en"
     short_captions: int = 1
+    settings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_language(self.language)
@@ -49,6 +51,11 @@ class Scenes(Source):
             value = getattr(self, field)
             if value < least:
                 raise ValueError(f"Scenes.{field}: expected at least {least}, found {value}")
+        unknown = [name for name in self.settings if name not in SETTINGS]
+        if unknown:
+            raise ValueError(
+                f"Scenes.settings: unknown {', '.join(unknown)}; known: {', '.join(SETTINGS)}"
+            )
 
     @property
     def name(self) -> str:
@@ -65,7 +72,7 @@ class Scenes(Source):
         """
         if not 0 <= index < self.count:
             raise IndexError(f"Scenes: expected 0 <= index < {self.count}, found {index}")
-        scene = sample_scene(self.seed, self.start + index)
+        scene = sample_scene(self.seed, self.start + index, self.settings)
         views = render(scene, self.image_size)
         return ImageTextRecord(
             id=self.record_id(index),

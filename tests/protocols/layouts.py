@@ -205,8 +205,11 @@ def urban1k(root: Path) -> None:
 
 
 def imagenet(root: Path, wnids: bool) -> dict[str, int]:
-    """Class folders by wnid under `val/`, or by number; returns folder -> label."""
-    labels = {"n01440764": 0, "n01443537": 1, "n01530575": 10, "n01614925": 22}
+    """Class folders by wnid under `val/`, or by number; returns folder -> label. The class file
+    has made-up wnids and names, in the published form."""
+    lines = [f"n{2 * n + 1000:08d} thing{n}" for n in range(1000)]
+    (root / "classes.txt").write_text("\n".join(lines) + "\n")
+    labels = {lines[n][:9]: n for n in (0, 1, 10, 22)}
     if not wnids:
         labels = {str(n): n for n in (0, 1, 2, 10)}
     for n, folder in enumerate(labels):

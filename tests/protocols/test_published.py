@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 from pathlib import Path
 
@@ -141,11 +142,11 @@ def test_fgovd_damaged_line_is_named(tmp_path: Path) -> None:
         make("fgovd_hard", tmp_path).run(Toy().functions())
 
 
-def _by_class(toy: Toy, labels: dict[str, int]):
+def _by_class(toy: Toy, labels: dict[str, int], classes: Path):
     """Text features such that the class `label` looks like the picture in its folder."""
     functions = toy.functions()
     tokens = Words()
-    names = [name for _, name in imagenet_classes()]
+    names = [name for _, name in imagenet_classes(str(classes))]
     color = {names[label]: NAMES[n] for n, label in enumerate(labels.values())}
     renamed = {tokens.tokens(name)[0]: color[name] for name in color}
 
@@ -162,10 +163,10 @@ def _by_class(toy: Toy, labels: dict[str, int]):
 @pytest.mark.parametrize("wnids", [True, False])
 def test_imagenet_folders(wnids: bool, tmp_path: Path) -> None:
     labels = layouts.imagenet(tmp_path, wnids)
-    source = ImageNet(str(tmp_path))
+    source = ImageNet(str(tmp_path), classes=str(tmp_path / "classes.txt"))
     assert {r.id.split("/")[0]: r.extra["label"] for r in source.records} == labels
     assert len(source) == 5
-    functions, tokens = _by_class(Toy(), labels)
+    functions, tokens = _by_class(Toy(), labels, tmp_path / "classes.txt")
     name = "imagenet" if wnids else "imagenet_v2"
     protocol = dataclasses.replace(make(name, tmp_path), tokenizer=tokens, templates=("{}",))
     protocol = dataclasses.replace(protocol, allow_incomparable=True, text_batch_size=256)
@@ -177,22 +178,46 @@ def test_imagenet_folders(wnids: bool, tmp_path: Path) -> None:
 
 
 def test_imagenet_without_class_folders(tmp_path: Path) -> None:
-    (tmp_path / "cats").mkdir()
+    layouts.imagenet(tmp_path, True)
+    (tmp_path / "other" / "cats").mkdir(parents=True)
     with pytest.raises(DataError, match="named by wnid"):
-        len(ImageNet(str(tmp_path)))
+        len(ImageNet(str(tmp_path / "other"), classes=str(tmp_path / "classes.txt")))
 
 
-def test_prompt_files() -> None:
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (None, "expected a file"),
+        (lambda lines: [*lines[:3], "tench", *lines[4:]], "line 4"),
+        (lambda lines: lines[:-1], "found 999 lines"),
+        (lambda lines: lines[::-1], "not sorted"),
+    ],
+)
+def test_class_file_that_cannot_be_used(damage, message: str, tmp_path: Path) -> None:
+    layouts.imagenet(tmp_path, True)
+    path = tmp_path / "classes.txt"
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_text("\n".join(damage(path.read_text().splitlines())))
+    with pytest.raises(DataError, match=message):
+        PROTOCOLS["imagenet"](root=str(tmp_path), tokenizer=Words(), model="fgclip/base").check()
+
+
+def test_other_class_names_are_not_comparable(tmp_path: Path) -> None:
+    layouts.imagenet(tmp_path, True)
+    protocol = PROTOCOLS["imagenet"](root=str(tmp_path), tokenizer=Words(), model="fgclip/base")
+    with pytest.raises(IncomparableError, match="names in"):
+        protocol.check()
+
+
+def test_templates() -> None:
     assert len(OPENAI_TEMPLATES) == 80
     assert len(set(OPENAI_TEMPLATES)) == 80
     assert all(t.count("{}") == 1 for t in OPENAI_TEMPLATES)
-    classes = imagenet_classes()
-    wnids = [w for w, _ in classes]
-    assert len(classes) == 1000
-    assert wnids == sorted(set(wnids))
-    assert classes[0] == ("n01440764", "tench")
-    assert dict(classes)["n02119789"] == "kit fox"
-    assert classes[134] == ("n02012849", "crane bird")
+    # Of the set that CLIP's authors published, order apart.
+    digest = hashlib.sha256("\n".join(sorted(OPENAI_TEMPLATES)).encode()).hexdigest()
+    assert digest == "a8a4822f2921936e2ef07cf2e7a5df69be9532aab2f3f4880156bb03563e2467"
 
 
 def test_every_published_value_belongs_to_a_protocol_and_a_model() -> None:
@@ -238,10 +263,12 @@ def test_sizes_follow_from_model_and_protocol(tmp_path: Path) -> None:
 def test_incomparable_settings_are_refused(
     name: str, fields: dict, message: str, tmp_path: Path
 ) -> None:
+    if name == "imagenet":
+        layouts.imagenet(tmp_path, True)
     protocol = published(name, tmp_path, **fields)
     with pytest.raises(IncomparableError, match=message):
         protocol.check()
-    # Before anything is read: the folder is empty.
+    # Before anything else is read: the folder holds class names at the most.
     with pytest.raises(IncomparableError, match="allow_incomparable=True"):
         protocol.run(Toy().functions())
     dataclasses.replace(protocol, allow_incomparable=True).check()

@@ -18,6 +18,7 @@ import pytest
 from data_pipelines.batch import DataError
 from tests.train.toy import Numbers, Regression, regression
 from train.canonical import canonical, recipe_hash
+from train.checkpoint import save_params
 from train.exits import NonFiniteError, UserError
 from train.experiment import Checkpointing, Evaluation, Experiment, Logging, Optim
 from train.loop import FitResult, fit
@@ -90,7 +91,7 @@ def test_a_run_leaves_everything_that_a_person_needs(whole: FitResult) -> None:
     assert met["records"] == 8
     assert met["met"] == counters["seen"] - counters["used"]
     assert counters["used"] == 160
-    assert counters["cut"] == {"boxes": 40}
+    assert counters["cut"] == {"boxes": 160}
     log = (folder / "log.txt").read_text()
     assert "compiling train step" in log
     assert "quarantined truncated_image 8" in log
@@ -193,3 +194,16 @@ def test_a_group_that_never_changes_fails_the_run(tmp_path: Path) -> None:
 def test_a_tensor_that_never_changes_is_named(tmp_path: Path) -> None:
     fit(long(Regression(idle=True)), tmp_path)
     assert "not changed after 100 steps: idle/scale" in (tmp_path / "log.txt").read_text()
+
+
+def test_training_starts_from_given_parameters(whole: FitResult, tmp_path: Path) -> None:
+    save_params(tmp_path / "weights", whole.state.averaged, {"step": 20})
+    start = apply_overrides(
+        regression(), ["steps=1", f"init.weights={tmp_path / 'weights'}", "optim.ema_decay=none"]
+    )
+    fit(start, tmp_path / "run")
+    first = next(e["eval/fit/error"] for e in lines(tmp_path / "run") if "eval/fit/error" in e)
+    assert first == whole.results["fit"].metrics["error"].value
+    other = apply_overrides(start, ["system.width=8"])
+    with pytest.raises(UserError, match=r"hidden/bias: expected \(8,\), found \(16,\)"):
+        fit(other, tmp_path / "other")

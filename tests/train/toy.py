@@ -210,7 +210,7 @@ class Numbers(Pipeline):
         x, y = (np.stack(part).astype(self.dtype) for part in zip(*rows, strict=True))
         if step == self.poison:
             x[0] = np.nan
-        info = BatchInfo(tuple(ids), tuple(bad), {"boxes": 2}, share + len(bad))
+        info = BatchInfo(tuple(ids), tuple(bad), {"boxes": share}, share + len(bad))
         return HostBatch({"x": x, "y": y}, info)
 
     def fingerprint(self) -> str:

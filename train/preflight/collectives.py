@@ -16,6 +16,7 @@ half the rate), plus a microsecond per hop.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,11 @@ _GROUPS = re.compile(
     r"(?:T\([\d,]+\))?|\{\})"
 )
 _PAIRS = re.compile(r"source_target_pairs=\{(\{.*?\})\}")
-_DCN_KINDS = {"ALL_REDUCE": "all-reduce", "ALL_GATHER": "all-gather"}
+_DCN_KINDS = {
+    "ALL_REDUCE": "all-reduce",
+    "ALL_GATHER": "all-gather",
+    "ONE_TO_ONE": "collective-permute",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +90,12 @@ def find(
     for place, instruction, kind, overlapped in _places(program, executed):
         channel = re.search(r"channel_id=(\d+)", instruction.attributes)
         key = (place.computation, channel[1] if channel else instruction.name)
-        if key not in seen:
-            seen.add(key)
-            result.append(network.collective(program, place, instruction, kind, overlapped))
+        if key in seen:
+            continue
+        seen.add(key)
+        record = network.collective(program, place, instruction, kind, overlapped)
+        if record.size > 1:  # groups of one move nothing
+            result.append(record)
     for place in executed:
         crossing = _across_slices(place.instruction)
         if crossing and (place.computation, crossing[2]) not in seen:
@@ -231,7 +239,7 @@ class _Network:
         size_of = payload(instruction, kind, program)
         found = groups(instruction.attributes, len(self.coords))
         group = [g for g in found if g] if found else []
-        group_size = max((len(g) for g in group), default=1)
+        group_size = max((len(g) for g in group), default=0 if found else len(self.coords))
         if kind == "collective-permute":
             axes = self._axes_of_many(group)
             low = size_of / self.chip.link
@@ -256,13 +264,10 @@ class _Network:
             source=program.source(instruction) or program.source(place.instruction),
         )
 
-    def crossing(
-        self, program: Program, place: Executed, kind: str, size: float
-    ) -> Collective:
+    def crossing(self, program: Program, place: Executed, kind: str, size: float) -> Collective:
         """The record of a transfer between slices."""
-        share = (self.slices - 1) / self.slices
-        rate = self.chip.dcn
-        seconds = size * share / rate * (2 if kind == "all-reduce" else 1)
+        share = 1.0 if kind == "collective-permute" else (self.slices - 1) / self.slices
+        seconds = size * share / self.chip.dcn * (2 if kind == "all-reduce" else 1)
         return Collective(
             kind=kind,
             axes=("data",),
@@ -313,9 +318,7 @@ class _Network:
         rates = [(2 * w if ring else w) / stride for _, ring, stride in spans]
         hops = sum(n - 1 if not ring else n // 2 for n, ring, _ in spans) * HOP_LATENCY
         if kind in ("all-to-all", "ragged-all-to-all"):
-            each = [
-                size * n * stride / ((8 if ring else 4) * w) for n, ring, stride in spans
-            ]
+            each = [size * n * stride / ((8 if ring else 4) * w) for n, ring, stride in spans]
             return max(each) + hops, sum(each) + hops
         moved = size * (k - 1) / k * (2 if kind == "all-reduce" else 1)
         return moved / sum(rates) + hops, moved / max(rates) + hops
@@ -327,7 +330,7 @@ class _Network:
             values = sorted({self.chips_xyz[i][axis] for i in group})
             if len(values) < 2:
                 continue
-            stride = min(b - a for a, b in zip(values, values[1:], strict=False))
+            stride = min(b - a for a, b in itertools.pairwise(values))
             ring = self.rings[axis] and len(values) * stride == side
             spans.append((len(values), ring, stride))
         return spans

@@ -109,7 +109,9 @@ def run(options: argparse.Namespace) -> int:
         return ExitCode.OK if all(r.fits for r in reports) else ExitCode.OUT_OF_MEMORY
 
     if options.what != "train":
-        raise UsageError("--compare and --sweep: expected --what train; evaluate one mesh at a time")
+        raise UsageError(
+            "--compare and --sweep: expected --what train; evaluate one mesh at a time"
+        )
     if options.compare is not None:
         meshes = [mesh_sizes(text, topology) for text in options.compare]
     else:

@@ -107,7 +107,9 @@ def _jaxprs(value: Any) -> Iterator[Any]:
 def _kernel(eqn: Any) -> float:
     """Operations of one Pallas call: its own estimate, or attention's by its name and shapes."""
     name = str(eqn.params.get("name") or eqn.params.get("name_and_src_info") or "")
-    arrays = [v.aval for v in eqn.invars if len(v.aval.shape) >= 3 and v.aval.dtype.kind not in "iub"]
+    arrays = [
+        v.aval for v in eqn.invars if len(v.aval.shape) >= 3 and v.aval.dtype.kind not in "iub"
+    ]
     products = next((n for word, n in _KERNEL_PRODUCTS if word in name), None)
     if products is not None and len(arrays) >= 3:
         return attention_work(arrays[0].shape, arrays[1].shape, products)

@@ -208,7 +208,13 @@ def parse(text: str) -> Program:
     head = re.search(r"num_partitions=(\d+)", text[:200_000])
     first = text.split("\n", 2)[0]
     program = Program(
-        {}, "", int(head[1]) if head else 1, len(re.findall(r"may-alias|must-alias", first)), {}, {}, {}
+        {},
+        "",
+        int(head[1]) if head else 1,
+        len(re.findall(r"may-alias|must-alias", first)),
+        {},
+        {},
+        {},
     )
     lines = text.split("\n")
     _tables(lines, program)

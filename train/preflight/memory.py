@@ -21,7 +21,10 @@ _OOM = re.compile(
     r"required for HLO temporaries \(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)"
 )
 _UNIT = {"K": 2**10, "M": 2**20, "G": 2**30}
-_VALUE = re.compile(r"^ value: <\d+ ([\w.\-]+?)(?:\{[\d,]*\})? (?:\(phi\) )?@\d+> \(size=(\d+),offset=(\d+)\): (.*)$")
+_VALUE = re.compile(
+    r"^ value: <\d+ ([\w.\-]+?)(?:\{[\d,]*\})? (?:\(phi\) )?@\d+> "
+    r"\(size=(\d+),offset=(\d+)\): (.*)$"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +108,10 @@ def of_compiled(
     known = state.parameters + state.optimizer + state.batch + state.other
     # `peak_memory_in_bytes` is left aside: it counts what lies in VMEM as well.
     peak = (
-        arguments + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
+        arguments
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
     )
     code = float(stats.generated_code_size_in_bytes)
     beyond = max(0.0, peak - arguments)
@@ -205,6 +211,10 @@ def _buffer(size: int, values: Sequence[tuple[str, str]], program: Program | Non
         if score > best[0]:
             best = (score, instruction, array)
     _, instruction, array = best
+    for _ in range(4):  # what the compiler adds (copies, conversions) belongs to what it reads
+        if instruction is None or instruction.op_name or not instruction.operand_names:
+            break
+        instruction = known.get(instruction.operand_names[0])
     return Buffer(
         bytes=size,
         logical=min(float(size), array.bytes) if array else size,

@@ -113,7 +113,10 @@ def _needed(plan: Plan, batch: dict[str, Any], hardware: flops.Flops) -> flops.F
 
     def forward(params: Any, state: Any, batch: Any, rng: Any, step: Any) -> Any:
         params = cast_floating(params, compute)
-        return [loss.fn(params, state, batch, rng, step).loss for loss in plan.experiment.system.losses()]
+        return [
+            loss.fn(params, state, batch, rng, step).loss
+            for loss in plan.experiment.system.losses()
+        ]
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     jaxpr = jax.make_jaxpr(forward)(

@@ -79,7 +79,9 @@ class Report:
             e = self.estimate
             estimate = {
                 **dataclasses.asdict(e),
-                "examples_per_second": [self.batch / s if s else 0.0 for s in (e.high, e.point, e.low)],
+                "examples_per_second": [
+                    self.batch / s if s else 0.0 for s in (e.high, e.point, e.low)
+                ],
                 "note": "estimates from the compiler's cycles and a model of the links",
             }
         return {
@@ -146,9 +148,7 @@ def make_report(
     estimate, hot = None, []
     if program is not None:
         executed, unknown = program.executed()
-        found = collectives.find(
-            program, executed, compiled.mesh, topology.chip, topology.slices
-        )
+        found = collectives.find(program, executed, compiled.mesh, topology.chip, topology.slices)
         traffic = _summary(found)
         kernels = model.kernels(executed)
         if unknown:
@@ -292,12 +292,13 @@ def _head(r: Report) -> list[str]:
     ]
 
 
-def _gib(value: float) -> str:
-    return f"{value / GIB:9.3f}"
-
-
 def _memory(r: Report) -> list[str]:
     m = r.memory
+    unit, name_of_unit = (GIB, "GiB") if m.total >= GIB else (2**20, "MiB")
+
+    def show(value: float) -> str:
+        return f"{value / unit:10.3f}"
+
     rows = [
         ("parameters", m.parameters),
         ("optimiser state", m.optimizer),
@@ -308,28 +309,23 @@ def _memory(r: Report) -> list[str]:
         ("activations, temporaries", m.temporaries),
         ("program", m.code),
     ]
-    lines = ["HBM per device, GiB"]
-    lines += [f"  {name:26}{_gib(value)}" for name, value in rows if value >= 2**10]
-    lines.append(f"  {'total':26}{_gib(m.total)}  of {m.capacity / GIB:.2f} usable")
-    lines.append(f"  {'headroom':26}{_gib(m.headroom)}  ({m.headroom / m.capacity:.0%})")
+    lines = [f"HBM per device, {name_of_unit}"]
+    lines += [f"  {name:26}{show(value)}" for name, value in rows if value >= 2**10]
+    lines.append(f"  {'total':26}{show(m.total)}  of {m.capacity / GIB:.2f} GiB usable")
+    lines.append(f"  {'headroom':26}{show(m.headroom)}  ({m.headroom / m.capacity:.0%})")
     if r.topology.chip.devices > 1:
-        lines.append(f"  {'total per chip':26}{_gib(m.total * r.topology.chip.devices)}")
+        lines.append(f"  {'total per chip':26}{show(m.total * r.topology.chip.devices)}")
     if m.buffers:
         lines.append("  largest temporaries" + ("" if r.fits else " (why it does not fit)"))
-        shown = m.buffers[: 5 if r.fits else 10]
-        for b in shown:
-            lines.append(f"  {_gib(b.bytes)}  {b.array:32} {b.source}  {_short(b.origin)}")
-        padded = [
-            b
-            for b in m.buffers
-            if b.bytes > _NOTABLE_BUFFER * m.capacity
-            and b.bytes - b.logical > _NOTABLE_PADDING * b.bytes
-        ]
-        for b in padded:
-            lines.append(
-                f"  padding: {b.array} takes {b.bytes / b.logical:.2f} times its content; "
-                "make its two minor dimensions multiples of 8 x 128"
-            )
+        for b in m.buffers[: 5 if r.fits else 10]:
+            lines.append(f"  {show(b.bytes)}  {b.array:32} {b.source}  {_short(b.origin)}")
+        for b in m.buffers:
+            notable = b.bytes > _NOTABLE_BUFFER * m.capacity
+            if notable and b.bytes - b.logical > _NOTABLE_PADDING * b.bytes:
+                lines.append(
+                    f"  padding: {b.array} takes {b.bytes / b.logical:.2f} times its content; "
+                    "make its two minor dimensions multiples of 8 x 128"
+                )
     lines += [f"  try: {line}" for line in r.advice]
     return lines
 
@@ -401,7 +397,8 @@ def _estimate(r: Report) -> list[str]:
         f"  collectives: blocking {span(e.blocking)} ms, overlapped {span(e.overlapped)} ms",
         f"  step {e.point * 1e3:.1f} ms ({e.low * 1e3:.1f} to {e.high * 1e3:.1f})",
         f"  MFU {e.mfu[1]:.0%} ({e.mfu[0]:.0%} to {e.mfu[2]:.0%})",
-        f"  examples/s {r.batch / e.point:,.0f} ({r.batch / e.high:,.0f} to {r.batch / e.low:,.0f})",
+        f"  examples/s {r.batch / e.point:,.0f} ({r.batch / e.high:,.0f} to "
+        f"{r.batch / e.low:,.0f})",
         "  most of the compute time (estimated cycles)",
     ]
     for h in r.hot[:5]:

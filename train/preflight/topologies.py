@@ -124,9 +124,14 @@ def parse(text: str, slices: int = 1) -> Topology:
     if match[2]:
         shape = tuple(int(side) for side in match[2].split("x"))
         if not _sold(kind, shape):
+            ordered = tuple(sorted(shape))
+            near = (
+                f"did you mean {kind}:{'x'.join(map(str, ordered))}? "
+                if _sold(kind, ordered)
+                else _nearest(f"{kind}:{match[2]}")
+            )
             raise UsageError(
-                f"--topology: no {kind} slice has the shape {match[2]}; "
-                f"{_nearest(f'{kind}:{match[2]}')}shapes of {kind}: "
+                f"--topology: no {kind} slice has the shape {match[2]}; {near}shapes of {kind}: "
                 + ", ".join("x".join(map(str, s)) for s in SHAPES[kind])
             )
         return Topology(CHIPS[kind], shape, slices)

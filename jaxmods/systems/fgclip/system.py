@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -46,6 +47,9 @@ class FgClip(System):
       max_logit_scale: upper bound of the three exp(logit_scale); the official code has none.
       roi_bfloat16: round RoI vectors to bfloat16, as the official code does.
       text_group: label the text tower "text", for its own learning rate (`text_model_lr`).
+      long_start: where long texts start without imported weights. "drawn" is what the official
+        class does, N(0, 1) position tables, which drown the token embeddings for a long while;
+        "stretched" makes tables and projection from the short ones, as from a plain CLIP.
       execution: remat, unrolling, attention implementation.
     """
 
@@ -69,6 +73,7 @@ class FgClip(System):
     max_logit_scale: float | None = None
     roi_bfloat16: bool = False
     text_group: bool = False
+    long_start: Literal["drawn", "stretched"] = "drawn"
     execution: Execution = dataclasses.field(default_factory=Execution)
 
     @property
@@ -112,7 +117,10 @@ class FgClip(System):
         variables = self.model.init(
             rng, jnp.zeros((1, side, side, 3)), jnp.zeros((1, 1), jnp.int32)
         )
-        return variables["params"]
+        params = variables["params"]
+        if self.long_start == "stretched":
+            params = nn.meta.replace_boxed(params, self.from_openai(nn.meta.unbox(params)))
+        return params
 
     def labels(self, params: Params) -> dict[str, Any]:
         """ "train", or "text" for what the official code names `text_model*` if `text_group`."""
@@ -348,6 +356,22 @@ class FgClip(System):
             "text_features_long": self._text_long,
             "dense_features": method("dense_features"),
             "box_features": method("box_features"),
+        }
+
+    def function_inputs(self, batch_size: int) -> dict[str, dict[str, ArraySpec]]:
+        """Arguments of `functions` for `batch_size` images or texts at the published lengths."""
+        side, text = self.vision.image_size, self.text
+
+        def spec(dtype: str, *shape: int) -> ArraySpec:
+            return ArraySpec((batch_size, *shape), dtype, ("batch", *(None for _ in shape)))
+
+        image = {"image": spec("uint8", side, side, 3)}
+        return {
+            "image_features": image,
+            "text_features_short": {"ids": spec("int32", text.context_short)},
+            "text_features_long": {"ids": spec("int32", text.context_long)},
+            "dense_features": image,
+            "box_features": {**image, "boxes": spec("float32", self.max_boxes, 4)},
         }
 
     # Weights -------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from jaxmods.objectives.negative_sampling import negative_sampling_loss
 from jaxmods.system import FROZEN, TRAIN, ArraySpec, Batch, LossOutput, Params, State, System
 from jaxmods.systems.stargraph import scores
 from jaxmods.systems.stargraph.dropout import Seed, fold, make_seed
-from jaxmods.systems.stargraph.model import EPSILON, Encoder, EncoderConfig
+from jaxmods.systems.stargraph.model import EPSILON, Encoder, EncoderConfig, rows
 from jaxmods.systems.stargraph.objective import occurrence_vectors, triple_scores
 from jaxmods.systems.stargraph.weights import stargraph_map
 from jaxmods.weights import WeightMap
@@ -255,25 +255,30 @@ class StarGraph(System):
         Raises:
           ValueError: naming every field that has to change, and to what.
         """
-        problems = []
-        for path, (field, limit) in self._table_limits().items():
-            if path not in constants:
-                problems.append(f"{path}: missing; tokenise the graph with the system's options")
+        expected = {f"{GRAPH}/{name}": value for name, value in self._tables().items()}
+        problems = [f"{path}: missing, tokenise with it" for path in expected.keys() - constants]
+        for path, array in constants.items():
+            if path not in expected:
+                problems.append(f"{path}: this system has no such table, tokenise without it")
                 continue
-            array = constants[path]
+            shape, field, padding = expected[path]
+            if array.shape != shape:
+                problems.append(
+                    f"{path}: expected shape {shape}, found {array.shape}; set system.entities to "
+                    "the entities of the graph, row_multiple and the tokens per entity alike in "
+                    "system and data"
+                )
+                continue
+            # The largest id is the padding id, unless no entity needs padding.
             largest = int(array.max(initial=0))
-            # The padding id is the limit itself; a table may do without padding.
-            fits = largest in (limit - 1, limit) or (path == f"{GRAPH}/nodes" and largest < limit)
+            fits = largest in (padding - 1, padding)
             if not fits:
                 problems.append(
-                    f"{path}: expected {field}={limit} as its largest id, found {largest}; "
-                    f"set system.{field}={largest}"
+                    f"{path}: expected {padding} (system.{field}) as the largest id, found "
+                    f"{largest}; set system.{field}={largest}"
                 )
-        for path in constants:
-            if path not in self._table_limits():
-                problems.append(f"{path}: no such table in this system; switch it off in the data")
         if problems:
-            raise ValueError("StarGraph: the graph does not fit the system: " + "; ".join(problems))
+            raise ValueError(f"StarGraph: the graph does not fit: {'; '.join(sorted(problems))}")
 
     def flops_per_example(self) -> float | None:
         """Multiply-adds of the dense layers, forward and backward, for all encodings of a triple."""
@@ -314,20 +319,18 @@ class StarGraph(System):
 
         return chunked
 
-    def _table_limits(self) -> dict[str, tuple[str, int]]:
-        """Largest id that each table of the graph must hold, and the field that says so."""
-        e = self.encoder
-        limits = {}
+    def _tables(self) -> dict[str, tuple[tuple[int, ...], str, int]]:
+        """By name: shape, the field that sets its padding id, the padding id."""
+        e, count = self.encoder, rows(self.entities, self.row_multiple)
+        tables: dict[str, tuple[tuple[int, ...], str, int]] = {}
         if e.anchors_per_entity:
-            shared = e.share_anchors
-            limits[f"{GRAPH}/hashes"] = (
-                ("entities", self.entities) if shared else ("encoder.anchors", e.anchors)
-            )
+            size = ("entities", self.entities) if e.share_anchors else ("encoder.anchors", e.anchors)
+            tables["hashes"] = ((count, e.anchors_per_entity), *size)
         if e.paths:
-            limits[f"{GRAPH}/path_ids"] = ("encoder.paths", e.paths)
+            tables["path_ids"] = ((count, e.anchors_per_entity, 2), "encoder.paths", e.paths)
         if e.nodes:
-            limits[f"{GRAPH}/nodes"] = ("entities", self.entities)
-        return limits
+            tables["nodes"] = ((count, e.nodes), "entities", self.entities)
+        return tables
 
 
 def _is_graph(name: str) -> bool:

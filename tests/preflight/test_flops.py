@@ -1,0 +1,110 @@
+"""FLOPs counted from the traced program equal counts by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxmods.backbones.clip import TextConfig, VisionConfig
+from jaxmods.partitioning import MeshShape, make_mesh
+from jaxmods.systems.fgclip.system import FgClip
+from tests.preflight.toy import Toy, experiment
+from train.preflight import program
+from train.preflight.flops import Flops, attention_work, count
+from train.state import make_plan
+from train.step import trace_step
+
+
+def step_flops(toy: Toy) -> tuple[Flops, float, float]:
+    """Counted operations of a step, and those by hand of its forward pass."""
+    recipe = experiment(toy, batch_size=16)
+    plan = make_plan(recipe, make_mesh(recipe.mesh))
+    counted = count(trace_step(plan).traced.jaxpr)
+    b = recipe.batch_size
+    return counted, b * toy.forward_matmul_flops(), b * toy.forward_attention_flops()
+
+
+def test_nothing_recomputed_is_three_forward_passes():
+    counted, matmul, attention = step_flops(Toy(remat="none"))
+    assert counted.matmul == 3 * matmul
+    assert counted.attention == 3 * attention
+    assert counted.unknown_loops == 0
+
+
+def test_recomputation_counts():
+    toy = Toy(remat="full")
+    counted, matmul, attention = step_flops(toy)
+    # All but the last product of a block is computed again.
+    last = toy.mlp / (4 * toy.width + 2 * toy.mlp)
+    assert counted.matmul == pytest.approx((4 - last) * matmul)
+    assert counted.attention == 4 * attention
+
+
+def test_the_flash_kernel_counts_by_its_shapes():
+    counted, _, attention = step_flops(Toy(remat="full", attention="flash"))
+    # Twice forward (2 products), dq (3) and dkv (4 products): (2 + 2 + 3 + 4) / 2; and the
+    # products of output and its gradient, summed over the width: 1 / (2 T) of a forward pass.
+    assert counted.attention == pytest.approx((5.5 + 1 / (2 * 128)) * attention)
+
+
+def test_accumulation_does_not_change_the_count():
+    recipe = experiment(Toy(remat="none"), batch_size=32)
+    accumulated = dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, accumulate=2))
+    mesh = make_mesh(recipe.mesh)
+    one, two = (count(trace_step(make_plan(r, mesh)).traced.jaxpr) for r in (recipe, accumulated))
+    assert one == two
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 0.0, 0.0), (1.0, 1.0, 0.1, 0.5)])
+def test_fgclip_agrees_with_its_own_analysis(weights):
+    """Within 5 % of `System.flops_per_example`, which counts by hand (towers only)."""
+    short, long, region, hard = weights
+    system = FgClip(
+        vision=VisionConfig(width=192, layers=4, heads=3, mlp=768, image_size=64, patch_size=8),
+        text=TextConfig(width=128, layers=4, heads=2, mlp=512, vocab_size=512),
+        projection_dim=64,
+        weight_short=short,
+        weight_long=long,
+        weight_region=region,
+        weight_hard=hard,
+    )
+    recipe = experiment(system, batch_size=64, mesh=MeshShape())
+    plan = make_plan(recipe, make_mesh(recipe.mesh))
+    batch = {k: s.struct() for k, s in system.batch_spec(64).items()}
+    counted = program._needed(plan, batch, Flops(matmul=float("inf")))
+    assert counted.total / 64 == pytest.approx(system.flops_per_example(), rel=0.05)
+
+
+def test_primitives():
+    a, b = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((5, 7), (7, 3)))
+    assert count(jax.make_jaxpr(jnp.matmul)(a, b)) == Flops(matmul=2.0 * 5 * 7 * 3)
+
+    image = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((4, 4, 3, 6), jnp.float32)
+
+    def patches(x, k):
+        return jax.lax.conv_general_dilated(
+            x, k, (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    forward = 2.0 * 2 * 2 * 2 * 6 * 4 * 4 * 3
+    assert count(jax.make_jaxpr(patches)(image, kernel)) == Flops(matmul=forward)
+
+    def branches(i, a, b):
+        return jax.lax.switch(i, [lambda: 0.0, lambda: jnp.sum(a @ b)])
+
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    assert count(jax.make_jaxpr(branches)(index, a, b)).total == 2.0 * 5 * 7 * 3
+
+    def open_loop(n, x):
+        return jax.lax.while_loop(lambda c: c[0] < n, lambda c: (c[0] + 1, c[1] @ c[1]), (0, x))
+
+    square = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    assert count(jax.make_jaxpr(open_loop)(index, square)) == Flops(128.0, 0.0, 1)
+
+
+def test_work_of_a_kernel():
+    assert attention_work((2, 3, 5, 7), (2, 3, 11, 7), 2) == 4 * 2 * 3 * 5 * 11 * 7
