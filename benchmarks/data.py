@@ -206,7 +206,8 @@ def main() -> None:
                 parser.error(f"{options.folder}: expected at least {BATCH} .jpg files")
         else:
             paths = write_pictures(folder, options.pictures)
-        texts = [t for r in make_records(paths, True) for t in (*r.short_captions, r.long_caption)]
+        records = make_records(paths, True)
+        texts = [t for r in records for t in (*r.short_captions, r.long_caption or "")]
         train_clip_bpe(texts, 1024).save(folder / "tokenizer")
         facts: dict[str, Any] = {
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, PIL {PIL.__version__}",

@@ -119,9 +119,7 @@ def fb15k237(skip_ratio: float = 0.2) -> Experiment:
     published = (("mrr", mrr), ("hits@10", hits))
     return Experiment(
         system=system,
-        data=pipeline(
-            system, source, anchor_size=1.0, skip_ratio=skip_ratio, true_negatives=True
-        ),
+        data=pipeline(system, source, anchor_size=1.0, skip_ratio=skip_ratio, true_negatives=True),
         steps=steps,
         batch_size=512,
         optim=adam(5e-4, steps),

@@ -17,7 +17,7 @@ K hard slots per pack group, M negatives.
   hard_text_mask  bool    [B/g, K, 1+M]      which of the texts exist
   hard_mask       bool    [B/g, K]
 
-All arrays are always there; with N = 0 or K = 0 they are empty.
+With K = 0 there are no hard_* arrays; with N = 0 the box arrays are empty.
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ def collate(
     }
     empty, _ = encode(tokenizer, "", layout.context_short)
     arrays.update(_box_arrays(examples, layout, empty))
-    arrays.update(_hard_arrays(examples, layout, empty, cut))
+    if layout.pack_slots:
+        arrays.update(_hard_arrays(examples, layout, empty, cut))
     return arrays, dict(cut)
 
 

@@ -65,13 +65,11 @@ class ImageTextPipeline(Pipeline):
 
     Attributes:
       source: one source, or several with weights.
-      root: replaces the `root` of the source where given, so that a recipe for a published layout
-        reads your copy with `--set data.root=FOLDER`.
       tokenizer: a Hugging Face folder with CLIP's vocab.json and merges.txt (or tokenizer.json);
         "scene" is the small tokenizer of the scene world that comes with this package.
       image_size: S. context_short, context_long: text lengths Ls, Ll.
       max_boxes: N, 0 for training on captions alone. negatives: M.
-      hard_pack_images, hard_pack_slots: g and K; K = 0 for none.
+      hard_pack_images, hard_pack_slots: g and K; K = 0 for batches without hard_* arrays.
       short_prefix: put before short captions (spec section 5; training only).
       short_caption: which of several short captions, drawn anew each epoch or always the first.
       region_phrase: box text; "random" draws between short and long phrase per box.
@@ -105,14 +103,8 @@ class ImageTextPipeline(Pipeline):
     limits: Limits = dataclasses.field(default_factory=Limits)
     tolerance: Tolerance = dataclasses.field(default_factory=Tolerance)
     reading: Reading = dataclasses.field(default_factory=Reading)
-    root: str | None = None
 
     def __post_init__(self) -> None:
-        if self.root is not None and not all(hasattr(s, "root") for s in _members(self.source)):
-            raise ValueError(
-                f"data.root={self.root!r}: a source of this recipe has no root to replace; set the "
-                "fields of data.source instead"
-            )
         if self.resize == "shortest" and self.augment is not None:
             raise ValueError(
                 'ImageTextPipeline: augment needs resize="square"; a random crop and the centre '
@@ -132,14 +124,10 @@ class ImageTextPipeline(Pipeline):
             short_prefix=self.short_prefix,
         )
 
-    @functools.cached_property
+    @property
     def sources(self) -> tuple[Source, ...]:
-        """The sources, one or several, with `root` applied."""
-        members = _members(self.source)
-        if self.root is None:
-            return members
-        change: dict[str, Any] = {"root": self.root}
-        return tuple(dataclasses.replace(s, **change) for s in members)
+        """The sources, one or several."""
+        return self.source.sources if isinstance(self.source, Mixture) else (self.source,)
 
     @functools.cached_property
     def text_tokenizer(self) -> ClipTokenizer:
@@ -157,7 +145,7 @@ class ImageTextPipeline(Pipeline):
     ) -> Iterator[HostBatch]:
         """See `Pipeline.batches`. Pixels are uint8; the training step normalises them."""
         local = global_batch // max(process_count, 1)
-        if local % self.hard_pack_images:
+        if self.hard_pack_slots and local % self.hard_pack_images:
             raise ValueError(
                 f"batch of {global_batch} over {process_count} processes is {local} each: expected "
                 f"a multiple of hard_pack_images={self.hard_pack_images}"
@@ -213,7 +201,7 @@ class ImageTextPipeline(Pipeline):
         settings = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
-            if f.name not in ("source", "root", "tokenizer", "tolerance", "reading")
+            if f.name not in ("source", "tokenizer", "tolerance", "reading")
         }
         weights = self.source.weights if isinstance(self.source, Mixture) else None
         words = digest(sorted((n, len(b)) for n, b in self.text_tokenizer.files().items()))
@@ -260,10 +248,6 @@ class ImageTextPipeline(Pipeline):
         else:
             long_phrase = (self.region_phrase == "long",) * count
         return Choices(caption, regions, long_phrase)
-
-
-def _members(source: Source | Mixture) -> tuple[Source, ...]:
-    return source.sources if isinstance(source, Mixture) else (source,)
 
 
 def load_tokenizer(folder: str) -> ClipTokenizer:

@@ -126,7 +126,11 @@ class Init:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """The whole experiment. `batch_size` is global; `steps` counts optimiser updates."""
+    """The whole experiment. `batch_size` is global; `steps` counts optimiser updates.
+
+    `shorthands` are settings that stand for several places: `(("data.root", ("data.source.root",
+    "evaluation.protocols.0.source.root")),)` lets `--set data.root=/x` fill both.
+    """
 
     system: System
     data: Pipeline
@@ -142,3 +146,4 @@ class Experiment:
     logging: Logging = Logging()
     init: Init = Init()
     notes: str = ""
+    shorthands: tuple[tuple[str, tuple[str, ...]], ...] = ()

@@ -26,8 +26,13 @@ _TRUE_WORDS = ("true", "yes", "on")
 _FALSE_WORDS = ("false", "no", "off")
 
 
-def apply_overrides(recipe: T, settings: Iterable[str]) -> T:
+def apply_overrides(
+    recipe: T, settings: Iterable[str], shorthands: Mapping[str, Sequence[str]] | None = None
+) -> T:
     """`recipe` with `path=value` settings applied; a later setting of one path wins.
+
+    Args:
+      shorthands: paths that stand for several others.
 
     Raises:
       UsageError: malformed setting, unknown name (with the nearest known), wrong type or a value
@@ -39,7 +44,8 @@ def apply_overrides(recipe: T, settings: Iterable[str]) -> T:
         path = path.strip()
         if not sign or not path:
             raise UsageError(f"--set: expected path=value, found {setting!r}; as optim.lr=1e-4")
-        _insert(tree, path.split("."), text, path)
+        for place in (shorthands or {}).get(path, (path,)):
+            _insert(tree, place.split("."), text, place)
     return _rebuild(recipe, Any, tree, "") if tree else recipe
 
 

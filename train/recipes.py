@@ -69,7 +69,8 @@ def resolve(name: str, settings: Sequence[str] = ()) -> Recipe:
             f"recipe {name}: expected a function that returns an Experiment, "
             f"found {type(experiment).__name__}"
         )
-    return Recipe(name, tuple(settings), apply_overrides(experiment, settings))
+    chosen = apply_overrides(experiment, settings, dict(experiment.shorthands))
+    return Recipe(name, tuple(settings), chosen)
 
 
 def find(name: str) -> RecipeFn:

@@ -77,8 +77,9 @@ class DemoGraph(GraphSource):
         older = np.arange(self.people)
         reach = np.minimum(older, 40)
         parents = [older - 1 - (rng.random(self.people) * reach).astype(int) for _ in range(2)]
-        child_parent = {(int(c), int(p)) for ps in parents for c, p in zip(older, ps, strict=True)
-                        if 0 <= p < c}
+        child_parent = {
+            (int(c), int(p)) for ps in parents for c, p in zip(older, ps, strict=True) if 0 <= p < c
+        }
         parents_of: dict[int, list[int]] = {}
         for c, p in sorted(child_parent):
             parents_of.setdefault(c, []).append(p)
@@ -118,8 +119,14 @@ class DemoGraph(GraphSource):
             k: rng.permutation(np.asarray(v, np.int32).reshape(-1, 3)) for k, v in splits.items()
         }
         return Graph(
-            "demo", len(names), len(RELATIONS), arrays["train"], arrays["valid"], arrays["test"],
-            entity_names=tuple(names), relation_names=RELATIONS,
+            "demo",
+            len(names),
+            len(RELATIONS),
+            arrays["train"],
+            arrays["valid"],
+            arrays["test"],
+            entity_names=tuple(names),
+            relation_names=RELATIONS,
         )
 
     def fingerprint(self) -> str:

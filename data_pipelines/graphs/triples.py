@@ -110,8 +110,13 @@ class TextTriples(GraphSource):
             ]
             arrays[split] = np.asarray(ids, np.int32).reshape(-1, 3)
         return _finish(
-            Path(self.folder).name, arrays, len(entities), len(relations), counts,
-            tuple(entities), tuple(relations),
+            Path(self.folder).name,
+            arrays,
+            len(entities),
+            len(relations),
+            counts,
+            tuple(entities),
+            tuple(relations),
         )
 
     def fingerprint(self) -> str:
@@ -150,8 +155,13 @@ class IntegerTriples(GraphSource):
         relations = 1 + int(train[:, 1].max())
         names = _read_names(folder / "entities.txt.gz")[:entities]
         return _finish(
-            folder.name, arrays, entities, relations, {},
-            names, _read_names(folder / "relations.txt.gz")[:relations],
+            folder.name,
+            arrays,
+            entities,
+            relations,
+            {},
+            names,
+            _read_names(folder / "relations.txt.gz")[:relations],
         )
 
     def fingerprint(self) -> str:
@@ -227,8 +237,15 @@ class OgbWikikg2(GraphSource):
             entities = 1 + max(largest, *(int(a[:, [0, 2]].max()) for a in arrays.values()))
         relations = 1 + max(int(a[:, 1].max()) for a in arrays.values())
         return _finish(
-            "ogbl-wikikg2", arrays, entities, relations, {}, (), (),
-            negatives["valid"], negatives["test"],
+            "ogbl-wikikg2",
+            arrays,
+            entities,
+            relations,
+            {},
+            (),
+            (),
+            negatives["valid"],
+            negatives["test"],
         )
 
     def fingerprint(self) -> str:
@@ -292,15 +309,26 @@ def _finish(
     if not len(kept["train"]):
         raise DataError(f"{name}: expected training triples, found none")
     return Graph(
-        name, entities, relations, kept["train"], kept["valid"], kept["test"],
-        negatives["valid"], negatives["test"], entity_names, relation_names, counts,
+        name,
+        entities,
+        relations,
+        kept["train"],
+        kept["valid"],
+        kept["test"],
+        negatives["valid"],
+        negatives["test"],
+        entity_names,
+        relation_names,
+        counts,
     )
 
 
 def _read_lines(path: Path) -> tuple[list[tuple[str, str, str]], int]:
     """Triples of one text file, and how many lines were blank."""
     if not path.exists():
-        raise DataError(f"{path}: missing; expected train.txt, valid.txt and test.txt in its folder")
+        raise DataError(
+            f"{path}: missing; expected train.txt, valid.txt and test.txt in its folder"
+        )
     triples, blank = [], 0
     with path.open(encoding="utf-8", errors="strict") as file:
         try:

@@ -382,8 +382,3 @@ def test_describe_and_assets(pipeline):
 def test_describe_names_what_is_missing():
     facts = ImageTextPipeline(source=InMemory(()), tokenizer="no/such/folder").describe()
     assert "no CLIP tokenizer in no/such/folder" in facts["tokenizer_problem"]
-
-
-def test_root_needs_a_source_with_a_root(pipeline):
-    with pytest.raises(ValueError, match="no root to replace"):
-        dataclasses.replace(pipeline, root="elsewhere")

@@ -39,12 +39,12 @@ def by_definition(triples, entities, limit, skip, count):
         hops = sorted(near[i] - set(order), key=lambda e: (len(own[e]), e))
         while len(found) < count:
             before = len(found)
-            for j in (i, *hops):
+            for j, direct in ((i, True), *((j, False) for j in hops)):
                 used = {f[0] for f in found}
                 free = [a for a in own[j] if a not in used]
-                if free and j == i and len(found) == before:
+                if free and direct:
                     found.append((free[0], -1, label[free[0], i]))
-                elif free and j != i:
+                elif free:
                     found.append((free[0], label[free[0], j], label[j, i]))
             if len(found) == before:
                 break

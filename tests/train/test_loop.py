@@ -199,7 +199,7 @@ def test_a_tensor_that_never_changes_is_named(tmp_path: Path) -> None:
 def test_training_starts_from_given_parameters(whole: FitResult, tmp_path: Path) -> None:
     save_params(tmp_path / "weights", whole.state.averaged, {"step": 20})
     start = apply_overrides(
-        regression(), ["steps=1", f"init.weights={tmp_path / 'weights'}", "optim.ema_decay=none"]
+        regression(), ["steps=4", f"init.weights={tmp_path / 'weights'}", "optim.ema_decay=none"]
     )
     fit(start, tmp_path / "run")
     first = next(e["eval/fit/error"] for e in lines(tmp_path / "run") if "eval/fit/error" in e)

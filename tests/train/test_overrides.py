@@ -163,3 +163,13 @@ def test_wrong_recipe_name_suggests_the_nearest(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(recipes, "system_names", lambda: ["clip", "graph"])
     with pytest.raises(UsageError, match=r"no recipe 'clp/tiny'; did you mean clip/tiny"):
         recipes.find("clp/tiny")
+
+
+def test_a_shorthand_fills_several_places() -> None:
+    experiment = dataclasses.replace(
+        regression(), shorthands=(("rate", ("optim.lr", "optim.eps")),)
+    )
+    changed = apply_overrides(experiment, ["rate=0.5"], dict(experiment.shorthands))
+    assert (changed.optim.lr, changed.optim.eps) == (0.5, 0.5)
+    with pytest.raises(UsageError, match=r"optim\.lr"):
+        apply_overrides(experiment, ["rate=fast"], dict(experiment.shorthands))

@@ -225,10 +225,10 @@ def sweep_sizes(choices: Sequence[str], topology: Topology) -> Iterator[dict[str
         options = {"fsdp": sorted({1, side, per_slice}), "tensor": [1, 4]}
     found = False
     for combination in itertools.product(*options.values()):
-        sizes = dict.fromkeys(_AXES, 1) | dict(zip(options, combination, strict=True))
-        known = sizes["fsdp"] * sizes["tensor"] * sizes["context"]
+        mesh = dict.fromkeys(_AXES, 1) | dict(zip(options, combination, strict=True))
+        known = mesh["fsdp"] * mesh["tensor"] * mesh["context"]
         if per_slice % known == 0:
             found = True
-            yield sizes | {"data": topology.devices // known}
+            yield mesh | {"data": topology.devices // known}
     if not found:
         raise UsageError(f"--sweep: none of the sizes divides the {per_slice} devices of a slice")

@@ -7,7 +7,8 @@ import importlib.metadata
 from typing import Any
 
 from train.experiment import Experiment
-from train.preflight import collectives, memory, model
+from train.preflight import collectives, memory
+from train.preflight import model as step_time
 from train.preflight.chips import GIB
 from train.preflight.flops import Flops
 from train.preflight.program import Compiled
@@ -56,10 +57,10 @@ class Report:
     hardware: Flops
     model: Flops
     analytic: float | None
-    kernels: tuple[model.Kernel, ...]
+    kernels: tuple[step_time.Kernel, ...]
     traffic: tuple[Traffic, ...]
-    estimate: model.Estimate | None
-    hot: tuple[model.Hot, ...]
+    estimate: step_time.Estimate | None
+    hot: tuple[step_time.Hot, ...]
     advice: tuple[str, ...]
     warnings: tuple[str, ...]
     seconds: dict[str, float]
@@ -143,24 +144,25 @@ def make_report(
     """
     program = compiled.program or compiled.early
     warnings: list[str] = []
-    kernels: list[model.Kernel] = []
+    kernels: list[step_time.Kernel] = []
     traffic: tuple[Traffic, ...] = ()
-    estimate, hot = None, []
+    estimate: step_time.Estimate | None = None
+    hot: list[step_time.Hot] = []
     if program is not None:
         executed, unknown = program.executed()
         found = collectives.find(program, executed, compiled.mesh, topology.chip, topology.slices)
         traffic = _summary(found)
-        kernels = model.kernels(executed)
+        kernels = step_time.kernels(executed)
         if unknown:
             warnings.append(f"{unknown} loops have no constant length and are counted once")
         if any(not c.axes for c in found):
             warnings.append("some collectives have groups of a form that is not understood")
         if compiled.program is not None:
             needed = analytic * batch if analytic else compiled.model.total
-            estimate, hot = model.estimate(
+            estimate, hot = step_time.estimate(
                 program, executed, found, kernels, topology.chip, needed / topology.devices
             )
-            if estimate.mfu[1] > model.IMPLAUSIBLE_MFU:
+            if estimate.mfu[1] > step_time.IMPLAUSIBLE_MFU:
                 warnings.append(
                     f"an MFU of {estimate.mfu[1]:.0%} is not plausible; do not rely on the time"
                 )
@@ -200,7 +202,7 @@ def _remarks(
     experiment: Experiment,
     topology: Topology,
     compiled: Compiled,
-    kernels: list[model.Kernel],
+    kernels: list[step_time.Kernel],
     what: str,
 ) -> list[str]:
     remarks = []

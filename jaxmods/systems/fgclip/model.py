@@ -105,21 +105,30 @@ class FgClipModel(nn.Module):
         return self._project_pooled(pool(tokens, self._box_weights(boxes, self._grid(image))))
 
     def encode_images(
-        self, image: jax.Array, box: jax.Array, hard_box: jax.Array, hard_image: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        self,
+        image: jax.Array,
+        box: jax.Array,
+        hard_box: jax.Array | None = None,
+        hard_image: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """Image, region and hard-box features from one pass over the images.
 
         Args:
           image: [B, S, S, 3]. box: [B, N, 4], fractions.
-          hard_box: [B / g, K, 4]; hard_image: int [B / g, K], index 0..g-1 in the pack group.
+          hard_box: [B / g, K, 4]; hard_image: int [B / g, K], index 0..g-1 in the pack group; both
+            None for none.
 
         Returns:
-          ([B, P], float32 [B, N, P], float32 [B / g, K, P]).
+          ([B, P], float32 [B, N, P], float32 [B / g, K, P] or None).
         """
         trunk = self.vision_tower.trunk(image)
         tokens = self.vision_tower.dense(trunk)
-        grid, groups = self._grid(image), hard_box.shape[0]
-        regions = pool(tokens, self._box_weights(box * grid, grid))
+        grid = self._grid(image)
+        regions = self._project_pooled(pool(tokens, self._box_weights(box * grid, grid)))
+        pooled = self.visual_projection(self.vision_tower.pooled(trunk))
+        if hard_box is None or hard_image is None:
+            return pooled, regions, None
+        groups = hard_box.shape[0]
         weights = self._box_weights(hard_box * grid, grid)
         group = image.shape[0] // groups
         owner = jax.nn.one_hot(hard_image, group, dtype=weights.dtype)
@@ -128,11 +137,7 @@ class FgClipModel(nn.Module):
             tokens.reshape(groups, group * grid * grid, -1),
             spread.reshape(groups, weights.shape[1], -1),
         )
-        return (
-            self.visual_projection(self.vision_tower.pooled(trunk)),
-            self._project_pooled(regions),
-            self._project_pooled(hard),
-        )
+        return pooled, regions, self._project_pooled(hard)
 
     def text_features(
         self, ids: jax.Array, positions: TextMode = "short", projection: TextMode = "short"

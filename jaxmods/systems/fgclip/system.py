@@ -37,6 +37,8 @@ class FgClip(System):
       negatives: hard negatives per box (M).
       hard_pack_images: images that share a pool of hard-box slots (g); divides the batch.
       hard_pack_slots: hard boxes per pool (K). Published: up to N per image; fewer save compute.
+        0 for data without hard negatives: the batch then has no `hard_*` arrays, and `weight_hard`
+        must be 0.
       local_groups: slices of the global batch within which region and hard losses are computed
         (W). The official run computes them per device: W is its number of devices.
       same_text: what equal captions or phrases in a batch are to each other, see
@@ -76,6 +78,13 @@ class FgClip(System):
     long_start: Literal["drawn", "stretched"] = "drawn"
     execution: Execution = dataclasses.field(default_factory=Execution)
 
+    def __post_init__(self) -> None:
+        if self.hard_pack_slots == 0 and self.weight_hard:
+            raise ValueError(
+                f"FgClip: weight_hard={self.weight_hard} needs hard_pack_slots of 1 or more, found "
+                "0; set weight_hard=0 for data without hard negatives"
+            )
+
     @property
     def model(self) -> FgClipModel:
         """The Flax module of these sizes."""
@@ -97,6 +106,13 @@ class FgClip(System):
         def spec(shape: tuple[int, ...], dtype: str, first: str = "batch") -> ArraySpec:
             return ArraySpec(shape, dtype, (first,) + (None,) * (len(shape) - 1))
 
+        hard = {
+            "hard_box": spec((groups, k, 4), "float32", "group"),
+            "hard_image": spec((groups, k), "int32", "group"),
+            "hard_text": spec((groups, k, m, short), "int32", "group"),
+            "hard_text_mask": spec((groups, k, m), "bool", "group"),
+            "hard_mask": spec((groups, k), "bool", "group"),
+        }
         return {
             "image": spec((b, side, side, 3), "uint8"),
             "text_short": spec((b, short), "int32"),
@@ -104,11 +120,7 @@ class FgClip(System):
             "box": spec((b, n, 4), "float32"),
             "box_text": spec((b, n, short), "int32"),
             "box_mask": spec((b, n), "bool"),
-            "hard_box": spec((groups, k, 4), "float32", "group"),
-            "hard_image": spec((groups, k), "int32", "group"),
-            "hard_text": spec((groups, k, m, short), "int32", "group"),
-            "hard_text_mask": spec((groups, k, m), "bool", "group"),
-            "hard_mask": spec((groups, k), "bool", "group"),
+            **(hard if k else {}),
         }
 
     def init(self, rng: jax.Array) -> Params:
@@ -289,8 +301,9 @@ class FgClip(System):
         image = batch["image"]
         out: dict[str, jax.Array] = {}
         if regions or hards:
+            hard_boxes = (batch["hard_box"], batch["hard_image"]) if hards else ()
             out["image"], boxes, hard = self._apply(
-                "encode_images", params, image, batch["box"], batch["hard_box"], batch["hard_image"]
+                "encode_images", params, image, batch["box"], *hard_boxes
             )
             out |= {"box": boxes} if regions else {}
             out |= {"hard_box": hard} if hards else {}
@@ -315,7 +328,8 @@ class FgClip(System):
         ]
         if not names:
             return {}
-        groups, length = batch["hard_mask"].shape[0], batch["text_short"].shape[-1]
+        size, length = batch["text_short"].shape
+        groups = size // self.hard_pack_images
         rows = [batch[name].reshape(groups, -1, length) for name in names]
         ids = jnp.concatenate(rows, axis=1)
         flat = self._text_short(params, ids.reshape(-1, length))
