@@ -14,6 +14,7 @@ from data_pipelines.protocols.base import Protocol
 from data_pipelines.protocols.captions import SourceRetrieval
 from data_pipelines.protocols.classes import SourceBoxClassification
 from data_pipelines.protocols.negatives import SourceHardNegatives
+from data_pipelines.protocols.published import PROTOCOLS, Model
 from data_pipelines.protocols.regions import RegionRetrieval
 from data_pipelines.scenes import HELD_OUT, Scenes
 from data_pipelines.scenes.vocabulary import COLOURS, SIZES, TEXTURES, class_names
@@ -67,6 +68,7 @@ TINY = FgClip(
     weight_hard=1.0,
     hard_pack_images=8,
     hard_pack_slots=2,
+    context_region=12,
     # The scene world has a few thousand different phrases: equal ones meet in every batch.
     same_text="positive",
     # From scratch with a large learning rate the temperature would run away; CLIP's own bound.
@@ -95,6 +97,7 @@ def pipeline(system: FgClip, source: Source, **options: Any) -> ImageTextPipelin
         image_size=system.vision.image_size,
         context_short=system.text.context_short,
         context_long=system.text.context_long,
+        context_region=system.context_region,
         max_boxes=system.max_boxes,
         negatives=system.negatives,
         hard_pack_images=system.hard_pack_images,
@@ -135,7 +138,7 @@ def tiny() -> Experiment:
     return Experiment(
         system=TINY,
         # No "a photo of ": a model of this size would have to be shown texts without it as well.
-        data=pipeline(TINY, train, tokenizer="scene", short_prefix=""),
+        data=pipeline(TINY, train, tokenizer="scene", short_prefix="", region_phrase="short"),
         steps=1200,
         batch_size=32,
         optim=Optim(lr=2e-3, warmup_steps=50, weight_decay=0.05, b2=0.98, clip_norm=1.0),
@@ -161,6 +164,7 @@ def coco_mini() -> Experiment:
         weight_hard=0.0,
         negatives=1,
         hard_pack_slots=0,
+        context_region=None,
         max_boxes=8,
     )
     side, length = system.vision.image_size, system.text.context_short
@@ -294,3 +298,36 @@ def large_stage1() -> Experiment:
 def large_stage2() -> Experiment:
     """FG-CLIP large, stage 2: all four losses on FineHARD."""
     return _stage2(LARGE, "weights/fg-clip-large-stage1")
+
+
+# The published checkpoints ----------------------------------------------------------------------
+
+
+def _published(system: FgClip, model: Model) -> Experiment:
+    """To import, evaluate and export a published checkpoint; each set under `data/<protocol>`."""
+    weights = f"weights/{model.replace('/', '-').replace('fgclip', 'fg-clip')}"
+    protocols = tuple(
+        protocol(root=f"data/{name}", tokenizer=weights, model=model)
+        for name, protocol in PROTOCOLS.items()
+    )
+    stage2 = _stage2(system, weights)
+    tokenizers = tuple(f"evaluation.protocols.{n}.tokenizer" for n in range(len(protocols)))
+    return dataclasses.replace(
+        stage2,
+        evaluation=Evaluation(protocols=protocols),
+        notes="For `jaxmods import`, `eval --protocol NAME` and `export`; sets under data/NAME.",
+        shorthands=(
+            *stage2.shorthands,
+            ("weights", ("init.weights", "data.tokenizer", *tokenizers)),
+        ),
+    )
+
+
+def base() -> Experiment:
+    """The published fg-clip-base: import it, evaluate it by published protocol, export it."""
+    return _published(BASE, "fgclip/base")
+
+
+def large() -> Experiment:
+    """The published fg-clip-large: import it, evaluate it by published protocol, export it."""
+    return _published(LARGE, "fgclip/large")

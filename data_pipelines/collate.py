@@ -39,6 +39,7 @@ class Layout:
 
     Attributes:
       context_short, context_long: Ls and Ll. max_boxes: N. negatives: M.
+      context_region: length of box and hard texts; None for Ls.
       pack_images: g; the batch of every process must be a multiple of it.
       pack_slots: K. short_prefix: put before the short caption (not before phrases).
     """
@@ -49,7 +50,13 @@ class Layout:
     negatives: int = 10
     pack_images: int = 1
     pack_slots: int = 4
+    context_region: int | None = None
     short_prefix: str = "a photo of "
+
+    @property
+    def region_length(self) -> int:
+        """Length of box and hard texts."""
+        return self.context_region or self.context_short
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,13 +138,13 @@ def encode_example(
         if len(region.negatives) > layout.negatives:
             cut["negatives"] += len(region.negatives) - layout.negatives
         texts = (region.phrase, *region.negatives[: layout.negatives])
-        hard.append(HardBox(region.box, rows(texts, layout.context_short, "hard_tokens")))
+        hard.append(HardBox(region.box, rows(texts, layout.region_length, "hard_tokens")))
     return Example(
         image=image,
         text_short=rows((layout.short_prefix + short,), layout.context_short, "short_tokens")[0],
         text_long=rows((long,), layout.context_long, "long_tokens")[0],
         boxes=tuple(record.regions[i].box for i in picked),
-        box_text=rows(box_texts, layout.context_short, "region_tokens"),
+        box_text=rows(box_texts, layout.region_length, "region_tokens"),
         hard=tuple(hard),
         cut=dict(cut),
     )
@@ -159,7 +166,7 @@ def collate(
         "text_short": np.stack([e.text_short for e in examples]),
         "text_long": np.stack([e.text_long for e in examples]),
     }
-    empty, _ = encode(tokenizer, "", layout.context_short)
+    empty, _ = encode(tokenizer, "", layout.region_length)
     arrays.update(_box_arrays(examples, layout, empty))
     if layout.pack_slots:
         arrays.update(_hard_arrays(examples, layout, empty, cut))

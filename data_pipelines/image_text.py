@@ -68,6 +68,7 @@ class ImageTextPipeline(Pipeline):
       tokenizer: a Hugging Face folder with CLIP's vocab.json and merges.txt (or tokenizer.json);
         "scene" is the small tokenizer of the scene world that comes with this package.
       image_size: S. context_short, context_long: text lengths Ls, Ll.
+      context_region: length of box and hard texts where it differs from Ls; phrases are short.
       max_boxes: N, 0 for training on captions alone. negatives: M.
       hard_pack_images, hard_pack_slots: g and K; K = 0 for batches without hard_* arrays.
       short_prefix: put before short captions (spec section 5; training only).
@@ -93,6 +94,7 @@ class ImageTextPipeline(Pipeline):
     negatives: int = 10
     hard_pack_images: int = 1
     hard_pack_slots: int = 4
+    context_region: int | None = None
     short_prefix: str = "a photo of "
     short_caption: Literal["random", "first"] = "random"
     region_phrase: Literal["random", "short", "long"] = "random"
@@ -116,6 +118,7 @@ class ImageTextPipeline(Pipeline):
         """Static sizes of the batch."""
         return Layout(
             context_short=self.context_short,
+            context_region=self.context_region,
             context_long=self.context_long,
             max_boxes=self.max_boxes,
             negatives=self.negatives,

@@ -172,7 +172,7 @@ def _caption_lengths(
         ),
         "region": (
             [p for r in records for g in r.regions for p in (g.phrase, g.long_phrase) if p],
-            pipeline.context_short,
+            pipeline.layout.region_length,
         ),
     }
     found = {}

@@ -46,9 +46,7 @@ def params_of(system: FgClip, seed: int = 0) -> Any:
     """Unboxed parameters; biases and norms are random too, so that each of them matters."""
     params = partitioning.unbox(jax.jit(system.init)(jax.random.key(seed)))
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda p: p + jnp.asarray(rng.normal(0, 0.1, p.shape), p.dtype), params
-    )
+    return jax.tree.map(lambda p: p + jnp.asarray(rng.normal(0, 0.1, p.shape), p.dtype), params)
 
 
 def batch_of(system: FgClip, size: int = 16, seed: int = 0) -> dict[str, np.ndarray]:

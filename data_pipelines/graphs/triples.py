@@ -1,9 +1,10 @@
 """Knowledge graphs as integer triples, whatever files they come from.
 
 Readers: `TextTriples` (the usual train/valid/test.txt of names), `IntegerTriples` (one npz of ids),
-`FolderTriples` (either of them), `OgbWikikg2` (the raw layout of ogbl-wikikg2). Numbering and what is left out follow the official
-StarGraph code: entities are numbered by their sorted names *in train*, and a valid or test triple
-with an entity or relation that train does not have is dropped, and counted.
+`FolderTriples` (either of them), `OgbWikikg2` (the raw layout of ogbl-wikikg2). Numbering and what
+is left out follow the official StarGraph code: entities are numbered by their sorted names *in
+train*, and a valid or test triple with an entity or relation that train does not have is dropped,
+and counted.
 """
 
 from __future__ import annotations

@@ -243,7 +243,7 @@ def relation_kinds(train: np.ndarray, relations: int) -> np.ndarray:
 
 def _relation_terms(functions: Functions, relations: int) -> scores.Terms:
     found = functions["relation_terms"](np.arange(relations, dtype=np.int32))
-    return scores.Terms(*(np.asarray(x) for x in found))
+    return scores.Terms(*found)
 
 
 def _bucket(size: int) -> int:

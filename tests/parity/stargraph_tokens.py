@@ -91,7 +91,8 @@ def real_graph(case: Case) -> None:
         spec = TokenSpec(anchor_size=1.0, skip_ratio=skip, anchors=count)
         sample = sample_anchors(data["train"], entities, spec)
         tokens = tokenise(data["train"], entities, spec)
-        assert tokens.path_ids is not None and tokens.hashes is not None
+        assert tokens.path_ids is not None
+        assert tokens.hashes is not None
         assert tokens.paths + 1 == stats["path_table_rows"]
         head = slice(0, 1000)
         known = io[f"{prefix}anchors_sorted"]

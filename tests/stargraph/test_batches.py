@@ -1,4 +1,4 @@
-"""Training batches: a pure function of seed and step, the official sampling rules, distinct lists."""
+"""Training batches: a pure function of seed and step, official sampling, distinct entities."""
 
 from __future__ import annotations
 
@@ -126,8 +126,12 @@ def test_more_distinct_entities_than_slots_cut_the_last_triples() -> None:
     assert np.array_equal(found["negative"][:kept], plain.arrays["negative"][:kept])
     assert (arrays["weight"][kept:] == 0).all()
     assert (arrays["weight"][:kept] > 0).all()
-    one_more = np.concatenate([plain.arrays["positive"][: kept + 1, [0, 2]].reshape(-1),
-                               plain.arrays["negative"][: kept + 1].reshape(-1)])
+    one_more = np.concatenate(
+        [
+            plain.arrays["positive"][: kept + 1, [0, 2]].reshape(-1),
+            plain.arrays["negative"][: kept + 1].reshape(-1),
+        ]
+    )
     assert len(np.unique(one_more)) > 100
     with pytest.raises(DataError, match=r"more than the 3 slots; raise data\.distinct"):
         list_distinct(plain.arrays, 3, 509)

@@ -79,8 +79,10 @@ class Toy:
 
 def toy_graph(given: bool) -> Graph:
     rng = np.random.default_rng(2)
-    splits = [np.stack([rng.integers(0, n, s) for n in (N, R, N)], 1).astype(np.int32)
-              for s in (60, 11, 13)]
+    splits = [
+        np.stack([rng.integers(0, n, s) for n in (N, R, N)], 1).astype(np.int32)
+        for s in (60, 11, 13)
+    ]
     negatives = [rng.integers(0, N, (13, 5)).astype(np.int32) for _ in range(2)]
     return Graph("toy", N, R, *splits, test_negatives=tuple(negatives) if given else None)
 

@@ -54,7 +54,9 @@ def test_numbering_of_all_entities_keeps_unseen_ones_as_isolated(tmp_path: Path)
 
 def test_malformed_line_is_named_with_its_number(tmp_path: Path) -> None:
     folder = write(tmp_path, train="a\tr\tb\nb\tr\nc\tr\ta\n")
-    with pytest.raises(DataError, match=r"train\.txt:2: expected head, relation and tail.*2 fields"):
+    with pytest.raises(
+        DataError, match=r"train\.txt:2: expected head, relation and tail.*2 fields"
+    ):
         TextTriples(folder).read()
 
 
@@ -94,7 +96,9 @@ def test_integer_triples_agree_with_text(tmp_path: Path) -> None:
 def test_integer_triples_of_wrong_shape_are_refused(tmp_path: Path) -> None:
     ok = np.zeros((2, 3), np.int32)
     np.savez(tmp_path / "triples.npz", train=ok, valid=ok[:, :2], test=ok)
-    with pytest.raises(DataError, match=r"expected valid as integers \[n, 3\], found int32 \(2, 2\)"):
+    with pytest.raises(
+        DataError, match=r"expected valid as integers \[n, 3\], found int32 \(2, 2\)"
+    ):
         IntegerTriples(str(tmp_path)).read()
     np.savez(tmp_path / "triples.npz", train=ok, valid=ok)
     with pytest.raises(DataError, match="expected arrays train, valid, test"):

@@ -78,7 +78,9 @@ def test_tie_rules_choose_equally_good_samples() -> None:
     graph = load(DemoGraph())
     spec = TokenSpec(skip_ratio=0.2, anchors=6)
     official = sample_anchors(graph.train, graph.entities, spec)
-    by_id = sample_anchors(graph.train, graph.entities, TokenSpec(skip_ratio=0.2, anchors=6, ties="id"))
+    by_id = sample_anchors(
+        graph.train, graph.entities, TokenSpec(skip_ratio=0.2, anchors=6, ties="id")
+    )
     assert set(official.anchor_order) == set(by_id.anchor_order)
     assert np.array_equal((official.anchors >= 0).sum(1), (by_id.anchors >= 0).sum(1))
 

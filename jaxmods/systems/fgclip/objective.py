@@ -32,7 +32,7 @@ def normalise(features: jax.Array, valid: jax.Array | None = None) -> jax.Array:
     if valid is not None:
         x = jnp.where(valid[..., None], x, 0.0)
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    return x / jnp.sqrt(jnp.where(square > 0, square, 1.0))
+    return jnp.where(square > 0, x / jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
 
 
 class HardLoss(NamedTuple):

@@ -39,6 +39,9 @@ class FgClip(System):
       hard_pack_slots: hard boxes per pool (K). Published: up to N per image; fewer save compute.
         0 for data without hard negatives: the batch then has no `hard_*` arrays, and `weight_hard`
         must be 0.
+      context_region: length of box and hard texts; None is `text.context_short`, as published.
+        Exact as long as the phrases fit (attention is causal and the end is the pooled token), and
+        phrases are short: it saves most of the text tower's work.
       local_groups: slices of the global batch within which region and hard losses are computed
         (W). The official run computes them per device: W is its number of devices.
       same_text: what equal captions or phrases in a batch are to each other, see
@@ -68,6 +71,7 @@ class FgClip(System):
     negatives: int = 10
     hard_pack_images: int = 8
     hard_pack_slots: int = 16
+    context_region: int | None = None
     local_groups: int = 1
     same_text: SameText = "negative"
     chunk: int = 1024
@@ -101,6 +105,7 @@ class FgClip(System):
         self._check_batch(global_batch)
         b, n, groups = global_batch, self.max_boxes, global_batch // self.hard_pack_images
         k, m = self.hard_pack_slots, 1 + self.negatives
+        region = self.context_region or self.text.context_short
         short, long, side = self.text.context_short, self.text.context_long, self.vision.image_size
 
         def spec(shape: tuple[int, ...], dtype: str, first: str = "batch") -> ArraySpec:
@@ -109,7 +114,7 @@ class FgClip(System):
         hard = {
             "hard_box": spec((groups, k, 4), "float32", "group"),
             "hard_image": spec((groups, k), "int32", "group"),
-            "hard_text": spec((groups, k, m, short), "int32", "group"),
+            "hard_text": spec((groups, k, m, region), "int32", "group"),
             "hard_text_mask": spec((groups, k, m), "bool", "group"),
             "hard_mask": spec((groups, k), "bool", "group"),
         }
@@ -118,7 +123,7 @@ class FgClip(System):
             "text_short": spec((b, short), "int32"),
             "text_long": spec((b, long), "int32"),
             "box": spec((b, n, 4), "float32"),
-            "box_text": spec((b, n, short), "int32"),
+            "box_text": spec((b, n, region), "int32"),
             "box_mask": spec((b, n), "bool"),
             **(hard if k else {}),
         }
@@ -315,31 +320,30 @@ class FgClip(System):
         return out
 
     def _encode_short(self, params: Params, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """All short texts in one pass. They are laid side by side within a pack group, so that
-        the leading dimension stays the one that is split over devices."""
-        names = [
-            name
-            for name, weight in (
-                ("text_short", self.weight_short),
-                ("box_text", self.weight_region),
-                ("hard_text", self.weight_hard),
-            )
-            if weight
-        ]
-        if not names:
-            return {}
-        size, length = batch["text_short"].shape
-        groups = size // self.hard_pack_images
-        rows = [batch[name].reshape(groups, -1, length) for name in names]
-        ids = jnp.concatenate(rows, axis=1)
-        flat = self._text_short(params, ids.reshape(-1, length))
-        features = flat.reshape(groups, ids.shape[1], self.projection_dim)
-        out, start = {}, 0
-        for name, part in zip(names, rows, strict=True):
-            stop = start + part.shape[1]
-            shape = (*batch[name].shape[:-1], self.projection_dim)
-            out[name] = features[:, start:stop].reshape(shape)
-            start = stop
+        """All texts with short positions, one pass for each length. They are laid side by side
+        within a pack group, so that the leading dimension stays the one that is split over
+        devices."""
+        by_length: dict[int, list[str]] = {}
+        for name, weight in (
+            ("text_short", self.weight_short),
+            ("box_text", self.weight_region),
+            ("hard_text", self.weight_hard),
+        ):
+            if weight:
+                by_length.setdefault(batch[name].shape[-1], []).append(name)
+        groups = batch["image"].shape[0] // self.hard_pack_images
+        out: dict[str, jax.Array] = {}
+        for length, names in by_length.items():
+            rows = [batch[name].reshape(groups, -1, length) for name in names]
+            ids = jnp.concatenate(rows, axis=1)
+            flat = self._text_short(params, ids.reshape(-1, length))
+            features = flat.reshape(groups, ids.shape[1], self.projection_dim)
+            start = 0
+            for name, part in zip(names, rows, strict=True):
+                stop = start + part.shape[1]
+                shape = (*batch[name].shape[:-1], self.projection_dim)
+                out[name] = features[:, start:stop].reshape(shape)
+                start = stop
         return out
 
     def _apply(self, method: str, params: Params, *args: Any, **kwargs: Any) -> Any:
@@ -471,10 +475,11 @@ class FgClip(System):
                 t.width, t.mlp, length
             )
 
-        short = float(self.weight_short != 0) + (self.weight_region != 0) * self.max_boxes
+        region = (self.weight_region != 0) * float(self.max_boxes)
         hard = self.hard_pack_slots * (1 + self.negatives) / self.hard_pack_images
-        short += hard if self.weight_hard else 0
-        total += short * texts(t.context_short)
+        region += hard if self.weight_hard else 0
+        total += region * texts(self.context_region or t.context_short)
+        total += texts(t.context_short) if self.weight_short else 0
         total += texts(t.context_long) if self.weight_long else 0
         return 3.0 * total
 

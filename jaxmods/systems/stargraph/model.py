@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -293,21 +293,30 @@ class Encoder(nn.Module):
     def _weight(
         self, name: str, init: Initializer, axes: tuple[str | None, ...], shape: tuple[int, ...]
     ) -> jax.Array:
-        return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+        return self._param(name, init, axes, shape, jnp.float32)
 
     def _buffer(self, name: str, shape: tuple[int, ...]) -> jax.Array:
         """A table of the graph; zeros until the data (or a checkpoint) fills it."""
         axes = ("entity", *(None,) * (len(shape) - 1))
-        init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
-        return self.param(f"graph_{name}", init, shape, jnp.int32)
+        return self._param(f"graph_{name}", nn.initializers.zeros, axes, shape, jnp.int32)
 
     def _constant(self, name: str, values: tuple[int, ...]) -> jax.Array:
         def init(rng: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
             del rng, shape
             return jnp.asarray(values, dtype)
 
-        boxed = nn.with_logical_partitioning(init, (None,))
-        return self.param(f"graph_{name}", boxed, (len(values),), jnp.int32)
+        return self._param(f"graph_{name}", init, (None,), (len(values),), jnp.int32)
+
+    def _param(
+        self,
+        name: str,
+        init: Initializer,
+        axes: tuple[str | None, ...],
+        shape: tuple[int, ...],
+        dtype: Any,
+    ) -> Any:
+        """Flax unboxes a parameter inside a module, so this is an array."""
+        return self.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
 
     def _linear(
         self,

@@ -51,7 +51,7 @@ class StarGraph(System):
 
     entities: int = 14505
     relations: int = 237
-    encoder: EncoderConfig = EncoderConfig()
+    encoder: EncoderConfig = EncoderConfig()  # noqa: RUF009 - frozen, so one instance serves all
     score: scores.Score = "triplere"
     gamma: float = 6.0
     offset: float = 1.0
@@ -281,7 +281,7 @@ class StarGraph(System):
             raise ValueError(f"StarGraph: the graph does not fit: {'; '.join(sorted(problems))}")
 
     def flops_per_example(self) -> float | None:
-        """Multiply-adds of the dense layers, forward and backward, for all encodings of a triple."""
+        """FLOPs of the dense layers, forward and backward, for all encodings of a triple."""
         e = self.encoder
         per_token = 2.0 * e.layers * e.width * (2 * 8 * e.query_width + 2 * e.mlp_ratio * e.width)
         return 3.0 * per_token * e.tokens * (self.negatives + 2)
@@ -298,7 +298,8 @@ class StarGraph(System):
     ) -> jax.Array:
         graph = {f"graph_{k}": v for k, v in params[GRAPH].items()}
         variables = {"params": {**params["encoder"], **graph}}
-        return self._encoder().apply(variables, ids, seed, capture)
+        vectors: Any = self._encoder().apply(variables, ids, seed, capture)
+        return vectors
 
     def _training_encoder(
         self, params: Params, seed: Seed | None
@@ -324,7 +325,9 @@ class StarGraph(System):
         e, count = self.encoder, rows(self.entities, self.row_multiple)
         tables: dict[str, tuple[tuple[int, ...], str, int]] = {}
         if e.anchors_per_entity:
-            size = ("entities", self.entities) if e.share_anchors else ("encoder.anchors", e.anchors)
+            size = (
+                ("entities", self.entities) if e.share_anchors else ("encoder.anchors", e.anchors)
+            )
             tables["hashes"] = ((count, e.anchors_per_entity), *size)
         if e.paths:
             tables["path_ids"] = ((count, e.anchors_per_entity, 2), "encoder.paths", e.paths)
