@@ -2,8 +2,8 @@
 
     JAXMODS_FB15K237=FOLDER python benchmarks/stargraph_eval.py [--width 64] [--weights FOLDER]
 
-Without weights the model is random: the work is the same. `--weights` takes a folder or file with an
-official state dict of the small setting.
+Without weights the model is random: the work is the same. `--weights` takes a folder or file
+with an official state dict of the small setting.
 """
 
 from __future__ import annotations

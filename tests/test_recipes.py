@@ -1,5 +1,4 @@
-"""Every recipe is whole: it resolves, its pipeline delivers what its system takes, and the small ones
-run end to end."""
+"""Every recipe is whole: it resolves, and its batches are its system's; the small ones are run."""
 
 from __future__ import annotations
 
@@ -88,7 +87,7 @@ def test_coco_mini_runs_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
     work = tmp_path / "run"
     code = main(
         [
-            *"fit fgclip/coco_mini --json --workdir".split(),
+            *["fit", "fgclip/coco_mini", "--json", "--workdir"],
             str(work),
             "--set",
             f"data.root={root}",
@@ -132,7 +131,7 @@ def test_tiny_learns(tmp_path: Path) -> None:
     work = tmp_path / "run"
     code = main(
         [
-            *"fit fgclip/tiny --no-report --workdir".split(),
+            *["fit", "fgclip/tiny", "--no-report", "--workdir"],
             str(work),
             "--set",
             "steps=400",
@@ -165,7 +164,7 @@ def test_own_data_in_one_jsonl_is_drawn_back(tmp_path: Path, capsys) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
     code = main(
         [
-            *"data inspect fgclip/finetune --json --out".split(),
+            *["data", "inspect", "fgclip/finetune", "--json", "--out"],
             str(tmp_path / "look"),
             "--set",
             f"data.path={path}",

@@ -45,7 +45,7 @@ class TripleBatches(Pipeline):
     """
 
     source: GraphSource
-    tokens: TokenSpec = TokenSpec()
+    tokens: TokenSpec = TokenSpec()  # noqa: RUF009 - frozen, so one instance serves all
     negatives: int = 64
     true_negatives: bool = True
     inverse: bool = False

@@ -30,6 +30,7 @@ from data_pipelines.scenes.wording import (
 NEGATIVES = 10
 _TEXTURE_CHANGES = 3  # of the ten; one changes the size, the others the colour
 _STREAM = 4
+_BARE_STREAM = 12
 
 
 def negative_identities(thing: SceneObject, draws: Draws) -> list[Identity]:
@@ -48,7 +49,7 @@ def negative_identities(thing: SceneObject, draws: Draws) -> list[Identity]:
 
 
 def regions(
-    scene: Scene, boxes: Sequence[Box | None], language: Language = "en"
+    scene: Scene, boxes: Sequence[Box | None], language: Language = "en", bare: float = 0.0
 ) -> tuple[Region, ...]:
     """One region per object that can be seen, in an order drawn at random (so that a limit on the
     number of boxes leaves out any of them).
@@ -57,8 +58,11 @@ def regions(
       scene: the graph.
       boxes: visible box of each object in the order of `scene.objects`; None where hidden.
       language: of phrases and labels.
+      bare: share of regions whose phrase is the class alone ("a tree"), as many of published data
+        sets are; they have no hard negatives.
     """
     draws = Draws(scene.seed, scene.index, _STREAM + LANGUAGES.index(language))
+    choice = Draws(scene.seed, scene.index, _BARE_STREAM)
     out = []
     for thing, box in zip(scene.objects, boxes, strict=True):
         # Draw before looking at the box: texts do not depend on the size that was rendered.
@@ -71,6 +75,8 @@ def regions(
         )
         if box is not None:
             label = OBJECTS[thing.kind].of(language)[0]
+            if bare and choice.chance(bare):
+                phrase, negatives = a(label, thing.kind, language), ()
             out.append(Region(box, phrase, long_phrase, negatives, label))
     return tuple(draws.shuffled(out))
 

@@ -33,6 +33,7 @@ class Scenes(Source):
       language: "en" or "zh", of captions, phrases and labels.
       short_captions: how many different short captions each record carries.
       settings: keys of `vocabulary.SETTINGS` that the scenes take place in; empty for all.
+      bare_phrases: share of regions whose phrase is the class alone, see `regions`.
     """
 
     seed: int = 0
@@ -42,6 +43,7 @@ class Scenes(Source):
     language: Language = "en"
     short_captions: int = 1
     settings: tuple[str, ...] = ()
+    bare_phrases: float = 0.0
 
     def __post_init__(self) -> None:
         check_language(self.language)
@@ -82,7 +84,7 @@ class Scenes(Source):
                 for variant in range(self.short_captions)
             ),
             long_caption=long_caption(scene, self.language),
-            regions=regions(scene, views.boxes, self.language),
+            regions=regions(scene, views.boxes, self.language, self.bare_phrases),
         )
 
     def record_id(self, index: int) -> str:

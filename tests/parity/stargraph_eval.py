@@ -11,6 +11,7 @@ from data_pipelines.graphs.answers import HEAD, TAIL, true_answers
 from data_pipelines.graphs.triples import Graph
 from data_pipelines.protocols import link_prediction
 from data_pipelines.protocols.link_prediction import LinkPrediction
+from jaxmods.metrics.ranking import HITS
 from jaxmods.systems.stargraph import scores
 from tests.parity import stargraph_common as common
 from tests.parity.registry import Case, Kind, Tolerance, assert_close

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from data_pipelines.records import Region
-from data_pipelines.scenes import layout, long_caption, regions, sample_scene, short_caption
+from data_pipelines.scenes import Scenes, layout, long_caption, regions, sample_scene, short_caption
 from data_pipelines.scenes.captions import word_count
 from data_pipelines.scenes.graph import Scene, SceneObject
 from data_pipelines.scenes.vocabulary import (
@@ -307,3 +307,20 @@ def test_chinese_nouns_take_their_measure_words() -> None:
         for region in scene_regions(scene, "zh"):
             kind = owner(scene, region).kind
             assert region.phrase.startswith("一" + OBJECTS[kind].measure)
+
+
+def test_bare_phrases_name_the_class_alone_and_leave_the_rest_as_it_was() -> None:
+    full, bare = Scenes(count=60, image_size=16), Scenes(count=60, image_size=16, bare_phrases=0.4)
+    pairs = [
+        (a, b)
+        for x, y in zip(full, bare, strict=True)
+        for a, b in zip(x.regions, y.regions, strict=True)
+    ]
+    changed = [(a, b) for a, b in pairs if a != b]
+    assert 0.25 < len(changed) / len(pairs) < 0.55
+    for before, after in changed:
+        assert after.phrase in (f"a {before.label}", f"an {before.label}")
+        assert after.negatives == ()
+        assert (after.box, after.label, after.long_phrase) == (
+            before.box, before.label, before.long_phrase,
+        )  # fmt: skip

@@ -32,7 +32,7 @@ DATA = recipes.pipeline(
 
 
 def params_of(system: StarGraph, data: TripleBatches, seed: int = 0) -> dict:
-    params = unbox(system.init(jax.random.key(seed)))
+    params = jax.jit(lambda key: unbox(system.init(key)))(jax.random.key(seed))
     constants = data.constants()
     system.check_constants(constants)
     for path, array in constants.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -187,3 +188,23 @@ def test_digest_sees_every_word_and_ignores_the_mesh() -> None:
         words[i] ^= np.uint32(1) << np.uint32(bit)
         assert digests({"w": words.view(np.float32).reshape(8, 24)}) != whole
     assert digests({"w": values[::-1].copy()}) != whole
+
+
+def test_what_is_saved_is_what_was_given_even_if_it_changes_at_once(tmp_path: Path) -> None:
+    """The writing goes on behind: nothing of the caller's may be looked at after `save`."""
+    plan = plan_on(1)
+    state = at_step(init_state(plan), 4)
+    live: dict[str, Any] = {"window": {"count": 0, "sums": {}}, "counters": {"cut": {"boxes": 1}}}
+    checkpoints = Checkpoints(tmp_path, POLICY)
+    checkpoints.begin(state)
+    checkpoints.save(state, live)
+    live["window"]["sums"]["loss"] = 1.5
+    live["counters"]["cut"]["boxes"] = 2
+    checkpoints.wait()
+    restored = checkpoints.restore(plan)
+    checkpoints.close()
+    assert restored is not None
+    assert restored.info == {
+        "window": {"count": 0, "sums": {}},
+        "counters": {"cut": {"boxes": 1}},
+    }
