@@ -125,6 +125,7 @@ class Checkpoints:
             return
         name = self._policy.keep_best
         metrics = {name: best[name]} if name and best and name in best else None
+        info = json.loads(json.dumps(info))  # written later: nothing of the caller's may be in it
         flat = _items(state)
         items = {k: ocp.args.StandardSave(v) for k, v in flat.items()}
         self._manager.save(

@@ -49,7 +49,7 @@ class Window:
 
     def state(self) -> dict[str, Any]:
         """JSON for the checkpoint."""
-        return {"count": self.count, "sums": self.sums, "last": self.last}
+        return {"count": self.count, "sums": dict(self.sums), "last": dict(self.last)}
 
 
 class Writer:

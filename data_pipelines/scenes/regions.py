@@ -16,6 +16,7 @@ from data_pipelines.scenes.vocabulary import (
     SIZES,
     TEXTURES,
     Language,
+    coloured_name,
 )
 from data_pipelines.scenes.wording import (
     Identity,
@@ -30,7 +31,6 @@ from data_pipelines.scenes.wording import (
 NEGATIVES = 10
 _TEXTURE_CHANGES = 3  # of the ten; one changes the size, the others the colour
 _STREAM = 4
-_BARE_STREAM = 12
 
 
 def negative_identities(thing: SceneObject, draws: Draws) -> list[Identity]:
@@ -49,7 +49,10 @@ def negative_identities(thing: SceneObject, draws: Draws) -> list[Identity]:
 
 
 def regions(
-    scene: Scene, boxes: Sequence[Box | None], language: Language = "en", bare: float = 0.0
+    scene: Scene,
+    boxes: Sequence[Box | None],
+    language: Language = "en",
+    coloured_labels: bool = False,
 ) -> tuple[Region, ...]:
     """One region per object that can be seen, in an order drawn at random (so that a limit on the
     number of boxes leaves out any of them).
@@ -58,11 +61,9 @@ def regions(
       scene: the graph.
       boxes: visible box of each object in the order of `scene.objects`; None where hidden.
       language: of phrases and labels.
-      bare: share of regions whose phrase is the class alone ("a tree"), as many of published data
-        sets are; they have no hard negatives.
+      coloured_labels: label with colour and class ("red ball"), see `coloured_class_names`.
     """
     draws = Draws(scene.seed, scene.index, _STREAM + LANGUAGES.index(language))
-    choice = Draws(scene.seed, scene.index, _BARE_STREAM)
     out = []
     for thing, box in zip(scene.objects, boxes, strict=True):
         # Draw before looking at the box: texts do not depend on the size that was rendered.
@@ -75,8 +76,8 @@ def regions(
         )
         if box is not None:
             label = OBJECTS[thing.kind].of(language)[0]
-            if bare and choice.chance(bare):
-                phrase, negatives = a(label, thing.kind, language), ()
+            if coloured_labels:
+                label = coloured_name(thing.colour, thing.kind, language)
             out.append(Region(box, phrase, long_phrase, negatives, label))
     return tuple(draws.shuffled(out))
 

@@ -33,7 +33,7 @@ class Scenes(Source):
       language: "en" or "zh", of captions, phrases and labels.
       short_captions: how many different short captions each record carries.
       settings: keys of `vocabulary.SETTINGS` that the scenes take place in; empty for all.
-      bare_phrases: share of regions whose phrase is the class alone, see `regions`.
+      coloured_labels: regions are labelled with colour and class.
     """
 
     seed: int = 0
@@ -43,7 +43,7 @@ class Scenes(Source):
     language: Language = "en"
     short_captions: int = 1
     settings: tuple[str, ...] = ()
-    bare_phrases: float = 0.0
+    coloured_labels: bool = False
 
     def __post_init__(self) -> None:
         check_language(self.language)
@@ -84,7 +84,7 @@ class Scenes(Source):
                 for variant in range(self.short_captions)
             ),
             long_caption=long_caption(scene, self.language),
-            regions=regions(scene, views.boxes, self.language, self.bare_phrases),
+            regions=regions(scene, views.boxes, self.language, self.coloured_labels),
         )
 
     def record_id(self, index: int) -> str:

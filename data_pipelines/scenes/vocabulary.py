@@ -230,14 +230,15 @@ def class_names(language: Language = "en") -> tuple[str, ...]:
     return tuple(noun.of(language)[0] for noun in OBJECTS.values())
 
 
-def coloured_class_names(language: Language = "en") -> tuple[str, ...]:
-    """Colour with class ("red ball", "红色球"), colours within classes, both in table order."""
+def coloured_name(colour: str, kind: str, language: Language = "en") -> str:
+    """Colour with class ("red ball", "红色球"), of keys of `COLOURS` and `OBJECTS`."""
     space = " " if language == "en" else ""
-    return tuple(
-        f"{colour.of(language)[0]}{space}{noun.of(language)[0]}"
-        for noun in OBJECTS.values()
-        for colour in COLOURS.values()
-    )
+    return f"{COLOURS[colour].of(language)[0]}{space}{OBJECTS[kind].of(language)[0]}"
+
+
+def coloured_class_names(language: Language = "en") -> tuple[str, ...]:
+    """`coloured_name` of everything, colours within classes, both in table order."""
+    return tuple(coloured_name(colour, kind, language) for kind in OBJECTS for colour in COLOURS)
 
 
 def templates(language: Language = "en") -> tuple[str, ...]:

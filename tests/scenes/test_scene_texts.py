@@ -309,18 +309,16 @@ def test_chinese_nouns_take_their_measure_words() -> None:
             assert region.phrase.startswith("一" + OBJECTS[kind].measure)
 
 
-def test_bare_phrases_name_the_class_alone_and_leave_the_rest_as_it_was() -> None:
-    full, bare = Scenes(count=60, image_size=16), Scenes(count=60, image_size=16, bare_phrases=0.4)
-    pairs = [
-        (a, b)
-        for x, y in zip(full, bare, strict=True)
-        for a, b in zip(x.regions, y.regions, strict=True)
-    ]
-    changed = [(a, b) for a, b in pairs if a != b]
-    assert 0.25 < len(changed) / len(pairs) < 0.55
-    for before, after in changed:
-        assert after.phrase in (f"a {before.label}", f"an {before.label}")
-        assert after.negatives == ()
-        assert (after.box, after.label, after.long_phrase) == (
-            before.box, before.label, before.long_phrase,
-        )  # fmt: skip
+def test_coloured_labels_are_those_of_the_list_and_true() -> None:
+    names = set(coloured_class_names())
+    plain, coloured = (
+        Scenes(count=20, image_size=16),
+        Scenes(count=20, image_size=16, coloured_labels=True),
+    )
+    for before, after in zip(plain, coloured, strict=True):
+        for one, two in zip(before.regions, after.regions, strict=True):
+            colour, label = two.label.split(" ", 1)
+            assert two.label in names
+            assert label == one.label
+            assert colour in two.phrase
+            assert (one.box, one.phrase, one.negatives) == (two.box, two.phrase, two.negatives)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import dataclasses
 import logging
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from jaxmods.partitioning import MeshShape, make_mesh
@@ -25,6 +28,7 @@ from train.checkpoint import (
 )
 from train.exits import UserError
 from train.experiment import Checkpointing, Experiment
+from train.metrics import Window
 from train.state import Plan, TrainState, init_state, make_plan
 
 POLICY = Checkpointing(keep=3)
@@ -190,21 +194,29 @@ def test_digest_sees_every_word_and_ignores_the_mesh() -> None:
     assert digests({"w": values[::-1].copy()}) != whole
 
 
-def test_what_is_saved_is_what_was_given_even_if_it_changes_at_once(tmp_path: Path) -> None:
+def test_what_is_saved_is_what_was_given_even_if_it_changes_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The writing goes on behind: nothing of the caller's may be looked at after `save`."""
+    written = ocp.JsonCheckpointHandler._save_fn
+
+    async def late(self: Any, *arguments: Any) -> None:
+        await asyncio.sleep(0.5)
+        await written(self, *arguments)
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", late)
     plan = plan_on(1)
     state = at_step(init_state(plan), 4)
-    live: dict[str, Any] = {"window": {"count": 0, "sums": {}}, "counters": {"cut": {"boxes": 1}}}
+    window = Window()
+    live: dict[str, Any] = {"window": window.state(), "counters": {"cut": {"boxes": 1}}}
+    expected = copy.deepcopy(live)
     checkpoints = Checkpoints(tmp_path, POLICY)
     checkpoints.begin(state)
     checkpoints.save(state, live)
-    live["window"]["sums"]["loss"] = 1.5
+    window.add({"loss": 1.5})
     live["counters"]["cut"]["boxes"] = 2
     checkpoints.wait()
     restored = checkpoints.restore(plan)
     checkpoints.close()
     assert restored is not None
-    assert restored.info == {
-        "window": {"count": 0, "sums": {}},
-        "counters": {"cut": {"boxes": 1}},
-    }
+    assert restored.info == expected
