@@ -86,7 +86,7 @@ def tiny() -> Experiment:
         entities=509,
         relations=11,
         encoder=EncoderConfig(
-            width=64, anchors=140, anchors_per_entity=8, paths=22, center=True, node_width=32
+            width=64, anchors=141, anchors_per_entity=8, paths=22, center=True, node_width=32
         ),
         negatives=16,
     )

@@ -23,7 +23,7 @@ from jaxmods.systems.stargraph.system import StarGraph
 from jaxmods.weights import export_tensors, import_params, memory_reader
 
 SMALL = EncoderConfig(
-    width=32, anchors=140, anchors_per_entity=4, paths=22, center=True, node_width=16
+    width=32, anchors=141, anchors_per_entity=4, paths=22, center=True, node_width=16
 )
 SYSTEM = StarGraph(entities=509, relations=11, encoder=SMALL, negatives=6)
 DATA = recipes.pipeline(
@@ -205,7 +205,7 @@ def test_constants_that_do_not_fit_say_what_to_set() -> None:
     constants = DATA.constants()
     wrong = dataclasses.replace(SYSTEM, encoder=dataclasses.replace(SMALL, anchors=150, paths=30))
     with pytest.raises(
-        ValueError, match=r"set system\.encoder\.anchors=140.*system\.encoder\.paths=22"
+        ValueError, match=r"set system\.encoder\.anchors=141.*system\.encoder\.paths=22"
     ):
         wrong.check_constants(constants)
     with pytest.raises(ValueError, match=r"graph/nodes: missing"):

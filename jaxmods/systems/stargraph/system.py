@@ -269,13 +269,13 @@ class StarGraph(System):
                     "system and data"
                 )
                 continue
-            # The largest id is the padding id, unless no entity needs padding.
-            largest = int(array.max(initial=0))
-            fits = largest in (padding - 1, padding)
-            if not fits:
+            found = _padding_id(array)
+            if field == "entities":  # ids of entities: padded or not, the limit is known
+                found = padding if found <= padding else found
+            if found != padding:
                 problems.append(
-                    f"{path}: expected {padding} (system.{field}) as the largest id, found "
-                    f"{largest}; set system.{field}={largest}"
+                    f"{path}: expected padding id {padding} (system.{field}), found {found}; "
+                    f"set system.{field}={found}"
                 )
         if problems:
             raise ValueError(f"StarGraph: the graph does not fit: {'; '.join(sorted(problems))}")
@@ -334,6 +334,20 @@ class StarGraph(System):
         if e.nodes:
             tables["nodes"] = ((count, e.nodes), "entities", self.entities)
         return tables
+
+
+def _padding_id(array: np.ndarray) -> int:
+    """The padding id of a table: its largest id, or one more where nothing is padded.
+
+    Padding fills the end of a row, so the largest id is no padding where another follows it. Paths
+    [N, A, 2] are padded at hop 0 of one hop: there the largest id always counts as padding.
+    """
+    largest = int(array.max(initial=0))
+    if array.ndim != 2:
+        return largest
+    padded = array == largest
+    ends_rows = bool((padded[:, 1:] | ~padded[:, :-1]).all())
+    return largest if ends_rows else largest + 1
 
 
 def _is_graph(name: str) -> bool:
