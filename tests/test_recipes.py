@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -17,7 +20,8 @@ from train.cli import main
 from train.recipes import all_recipes, resolve
 from train.state import make_plan
 
-REAL_COCO = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco_mini"
+ROOT = Path(__file__).resolve().parents[1]
+REAL_COCO = ROOT.parent / "shared" / "data" / "coco_mini"
 
 
 @pytest.mark.parametrize("name", sorted(all_recipes()))
@@ -76,70 +80,56 @@ def write_coco(root: Path, split: str, start: int, count: int) -> None:
         (root / "annotations" / f"{kind}_{split}.json").write_text(json.dumps(content))
 
 
+def jaxmods(*words: str) -> dict:
+    """Run the command as a user would, on one device; what it prints as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-m", "train", *words, "--json"],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
 @pytest.mark.slow
-def test_coco_mini_runs_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_coco_mini_runs_end_to_end(tmp_path: Path) -> None:
     """On the real photographs where they are at hand, else on a folder of the same layout."""
     root = REAL_COCO
     if not root.is_dir():
         root = tmp_path / "coco"
         write_coco(root, "train2017", 0, 24)
         write_coco(root, "val2017", 10**6, 12)
-    work = tmp_path / "run"
-    code = main(
-        [
-            *["fit", "fgclip/coco_mini", "--json", "--workdir"],
-            str(work),
-            "--set",
-            f"data.root={root}",
-            "steps=6",
-            "checkpoint.every=3",
-        ]
-    )
-    assert code == 0
-    summary = json.loads(capsys.readouterr().out)
+    work, folder = tmp_path / "run", tmp_path / "hf"
+    settings = ["--set", f"data.root={root}", "steps=6", "checkpoint.every=3"]
+    summary = jaxmods("fit", "fgclip/coco_mini", "--workdir", str(work), *settings)
     assert summary["step"] == 6
     results = json.loads((work / "eval" / "6.json").read_text())["results"]
     names = {r["protocol"] for r in results}
     assert {"coco_train2017_retrieval_short", "coco_val2017_regions"} <= names
-    page = (work / "report.html").read_text()
-    assert page.count("data:image/png") >= 4
-    assert (
-        main(
-            [
-                "export",
-                "fgclip/coco_mini",
-                "--from",
-                str(work),
-                "--to",
-                str(tmp_path / "hf"),
-                "--verify",
-                "--set",
-                f"data.root={root}",
-                "steps=6",
-                "checkpoint.every=3",
-            ]
-        )
-        == 0
+    assert (work / "report.html").read_text().count("data:image/png") >= 4
+    jaxmods(
+        "export",
+        "fgclip/coco_mini",
+        "--from",
+        str(work),
+        "--to",
+        str(folder),
+        "--verify",
+        *settings,
     )
-    certificate = json.loads((tmp_path / "hf" / "verify.json").read_text())
-    assert certificate["passed"]
+    assert json.loads((folder / "verify.json").read_text())["forward"] == "compared"
 
 
 @pytest.mark.slow
 def test_tiny_learns(tmp_path: Path) -> None:
-    """A third of the demo's steps: regions and long captions are found many times above chance."""
+    """A fifth of the demo's steps: regions and long captions are found many times above chance."""
     work = tmp_path / "run"
-    code = main(
-        [
-            *["fit", "fgclip/tiny", "--no-report", "--workdir"],
-            str(work),
-            "--set",
-            "steps=400",
-            "evaluation.at_start=false",
-        ]
-    )
-    assert code == 0
-    results = json.loads((work / "eval" / "400.json").read_text())["results"]
+    settings = ["--set", "steps=300", "evaluation.at_start=false"]
+    jaxmods("fit", "fgclip/tiny", "--no-report", "--workdir", str(work), *settings)
+    results = json.loads((work / "eval" / "300.json").read_text())["results"]
     metrics = {r["protocol"]: r["metrics"] for r in results}
     for protocol, name in (
         ("scenes_regions", "phrase_to_region_r1"),

@@ -119,9 +119,10 @@ class Program:
     def callees(self, instruction: Instruction) -> list[str]:
         """Computations that an instruction calls, conditions of loops left out."""
         found = _CALLS.findall(instruction.attributes)
-        branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
-        if branches:
-            found += _OPERAND.findall(branches[1])
+        for several in re.findall(
+            r"(?:branch|called)_computations=\{([^}]*)\}", instruction.attributes
+        ):
+            found += _OPERAND.findall(several)
         for key in ("true_computation", "false_computation"):
             name = instruction.attribute(key)
             found += [name] if name else []
@@ -178,7 +179,7 @@ class Program:
                         walk(callee, times * (1 if trips is None else trips))
                 elif instruction.opcode == "conditional" and callees:
                     walk(max(callees, key=self.cycles_of), times)
-                elif instruction.opcode in ("call", "async-start"):
+                elif instruction.opcode == "call":
                     for callee in callees:
                         walk(callee, times)
 
