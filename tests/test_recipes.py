@@ -109,7 +109,7 @@ def test_coco_mini_runs_end_to_end(tmp_path: Path) -> None:
     results = json.loads((work / "eval" / "6.json").read_text())["results"]
     names = {r["protocol"] for r in results}
     assert {"coco_train2017_retrieval_short", "coco_val2017_regions"} <= names
-    assert (work / "report.html").read_text().count("data:image/png") >= 4
+    assert (work / "report.html").read_text().count("data:image/") >= 4
     jaxmods(
         "export",
         "fgclip/coco_mini",
