@@ -40,9 +40,11 @@ def step(params: Any) -> tuple[Any, Any]:
     "options",
     [
         {"microbatch": 4},
-        {"microbatch": 2, "execution": Execution(remat="dots")},
-        {"execution": Execution(remat="full", unroll=True)},
-        {"chunk": 1000},
+        pytest.param(
+            {"microbatch": 2, "execution": Execution(remat="dots")}, marks=pytest.mark.slow
+        ),
+        pytest.param({"execution": Execution(remat="full", unroll=True)}, marks=pytest.mark.slow),
+        pytest.param({"chunk": 1000}, marks=pytest.mark.slow),
     ],
     ids=["microbatch", "microbatch and dots", "remat unrolled", "one chunk"],
 )
@@ -51,6 +53,7 @@ def test_exact_options(options: dict[str, Any], params: Any, step: tuple[Any, An
     assert_same_step(loss_and_grads(tiny(**options), params, batch_of(TINY)), step)
 
 
+@pytest.mark.slow
 def test_microbatch_holds_fewer_activations() -> None:
     """The compiled step needs less memory for temporaries."""
     batch = batch_of(TINY, 64)
@@ -97,6 +100,7 @@ def test_no_boxes_at_all(empty: str, params: Any) -> None:
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_valid_box_without_area_gives_no_nan(params: Any) -> None:
     batch = batch_of(TINY)
     batch["box"][batch["box_mask"]] = 0.5
@@ -105,6 +109,7 @@ def test_valid_box_without_area_gives_no_nan(params: Any) -> None:
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_same_text_changes_what_it_should(params: Any, step: tuple[Any, Any]) -> None:
     """The batch has equal captions: masking them lowers the loss, for texts without twins it
     changes nothing."""
@@ -132,6 +137,7 @@ def test_logit_scale_bound(params: Any) -> None:
     assert float(free.metrics["logit_scale"]) == pytest.approx(np.exp(6.0), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_roi_bfloat16_rounds_boxes_only(params: Any, step: tuple[Any, Any]) -> None:
     out, _ = loss_and_grads(tiny(roi_bfloat16=True), params, batch_of(TINY))
     for term in ("long", "short"):

@@ -2,7 +2,8 @@
 
 The text is what XLA dumps as `*.after_codegen.txt`. Its traps, and how they are met:
 
-* an instruction may span lines: one ends where the next begins, a computation at a lone `}`;
+* an instruction may span lines: one ends where the next begins, a computation at a line
+  that is `}` (and perhaps the thread that runs it);
 * loops carry no trip count: it is the constant that the condition compares the counter with;
 * JSON keys of `backend_config` are looked up one by one, in no order;
 * source positions are a table at the head (`stack_frame_id`).
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 
 _START = re.compile(r"^  (?:ROOT )?%[\w.\-]+ = ")
 _HEAD = re.compile(r"^(ENTRY )?%([\w.\-]+) \(")
+_END = re.compile(r'^\}(, execution_thread="[^"]*")?$')
 _NAME = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = ")
 _OPCODE = re.compile(r" ?([\w\-]+)\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\](\{[^{}]*\})?")
@@ -229,7 +231,7 @@ def parse(text: str) -> Program:
 
     for line in lines:
         if name:
-            if line == "}":
+            if _END.match(line):
                 flush()
                 program.computations[name] = body
                 name, body = "", []
