@@ -54,7 +54,7 @@ class DemoGraph(GraphSource):
     districts: int = 48
     cities: int = 16
     countries: int = 5
-    firms: int = 40
+    firms: int = 130
     held_out: float = 0.15
     seed: int = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import cast
 
@@ -17,6 +18,12 @@ def boxed(init: Initializer, axes: tuple[str, ...]) -> Initializer:
     return cast(Initializer, nn.with_logical_partitioning(init, axes))
 
 
+# The backward pass keeps the input and computes the rest again: cheaper than to store it, and in a
+# scan over blocks every stored array is written to and read back from memory once per block.
+_from_input = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@_from_input
 def quick_gelu(x: jax.Array) -> jax.Array:
     """x * sigmoid(1.702 x), the activation of OpenAI's CLIP."""
     return x * jax.nn.sigmoid(1.702 * x)
@@ -69,6 +76,7 @@ class LayerNorm(nn.Module):
         return layer_norm(x, scale, bias, self.epsilon)
 
 
+@functools.partial(_from_input, static_argnums=3)
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
     """(x - mean) / sqrt(var + epsilon) * scale + bias over the last axis, in float32.
 

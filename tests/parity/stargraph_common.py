@@ -97,6 +97,12 @@ def params(case: Case, model: StarGraph) -> dict[str, Any]:
     return import_params(reader, model.weights(), abstract(model), dtype="abstract").params
 
 
+NO_TRIPLES = (
+    "needs the real FB15k-237 triples: set JAXMODS_FB15K237 to their folder, or put them in "
+    "shared/data/fb15k-237 beside the repository"
+)
+
+
 def fb15k237_triples() -> dict[str, np.ndarray] | None:
     """The real splits (all of them, official ids first), or None where they are not at hand.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from data_pipelines.graphs.answers import HEAD, TAIL, true_answers
 from data_pipelines.graphs.triples import Graph
@@ -162,7 +163,7 @@ def full_test(case: Case) -> None:
     """The recorded filtered metrics of both splits, where the real graph is at hand."""
     data = common.fb15k237_triples()
     if data is None:
-        return
+        pytest.skip(common.NO_TRIPLES)
     model = common.system(case)
     functions = bound(model, common.params(case, model))
     tolerance = common.part_tolerance(case, "full-set")

@@ -9,8 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
+from jaxmods.partitioning import unbox
+from tests.preflight.toy import Toy
 from train.cli import main
 from train.exits import ExitCode, UsageError
 from train.preflight import command, topologies
@@ -84,6 +87,18 @@ def test_wrong_sweeps(choice):
         list(command.sweep_sizes([choice], topologies.parse("v5e-16")))
 
 
+def test_every_function_of_fgclip_says_what_it_takes():
+    from tests.preflight.test_flops import small_fgclip
+
+    system = small_fgclip()
+    params = unbox(jax.eval_shape(system.init, jax.random.key(0)))
+    inputs, functions = system.function_inputs(6), system.functions()
+    assert sorted(inputs) == sorted(functions)
+    for name, arguments in inputs.items():
+        structs = [spec.struct() for spec in arguments.values()]
+        assert jax.eval_shape(functions[name], params, *structs).shape[0] == 6
+
+
 # With the compiler -----------------------------------------------------------------------------
 
 
@@ -137,6 +152,18 @@ def test_long_sequences_take_the_flash_kernel_by_themselves():
     # Per layer: forward, forward again (remat), dq and dkv.
     assert sum(k["times"] for k in flash) == 2 * 4
     assert sum(k["times"] for k in flash if k["backward"]) == 2 * 2
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_named_functions():
+    result = run(f"{TOY}:small", "--topology", "v5e-4", "--what", "eval", "--json")
+    assert result.returncode == 0, result.stderr
+    (found,) = json.loads(result.stdout)
+    assert (found["what"], found["batch_size"]) == ("encode", 64)
+    forward = Toy().forward_matmul_flops() + Toy().forward_attention_flops()
+    assert found["flops"]["model_per_example"] == pytest.approx(forward)
+    assert found["memory"]["optimizer"] == found["memory"]["gradients"] == 0
 
 
 @needs_libtpu

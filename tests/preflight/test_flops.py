@@ -58,18 +58,22 @@ def test_accumulation_does_not_change_the_count():
     assert one == two
 
 
+def small_fgclip(**options: float) -> FgClip:
+    """Small, with the proportions of the published sizes."""
+    return FgClip(
+        vision=VisionConfig(width=192, layers=4, heads=3, mlp=768, image_size=64, patch_size=8),
+        text=TextConfig(width=128, layers=4, heads=2, mlp=512, vocab_size=512),
+        projection_dim=64,
+        **options,
+    )
+
+
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 0.0, 0.0), (1.0, 1.0, 0.1, 0.5)])
 def test_fgclip_agrees_with_its_own_analysis(weights):
     """Within 5 % of `System.flops_per_example`, which counts by hand (towers only)."""
     short, long, region, hard = weights
-    system = FgClip(
-        vision=VisionConfig(width=192, layers=4, heads=3, mlp=768, image_size=64, patch_size=8),
-        text=TextConfig(width=128, layers=4, heads=2, mlp=512, vocab_size=512),
-        projection_dim=64,
-        weight_short=short,
-        weight_long=long,
-        weight_region=region,
-        weight_hard=hard,
+    system = small_fgclip(
+        weight_short=short, weight_long=long, weight_region=region, weight_hard=hard
     )
     recipe = experiment(system, batch_size=64, mesh=MeshShape())
     plan = make_plan(recipe, make_mesh(recipe.mesh))

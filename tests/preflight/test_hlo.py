@@ -40,6 +40,10 @@ def test_an_instruction_over_several_lines(loops):
     assert [i.name for i in loops.computations["outer_body"] if i.root] == ["tuple.2"]
 
 
+def test_a_computation_of_another_thread_ends_too(loops):
+    assert [i.name for i in loops.computations["called"]] == ["p.20", "all-gather.20"]
+
+
 def test_cycles(loops):
     assert loops.by_name["fusion.2"].cycles == 1000
     assert loops.by_name["while.2"].cycles is None

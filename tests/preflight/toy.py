@@ -53,7 +53,13 @@ class Toy(System):
     def loss(
         self, params: Params, state: State, batch: Batch, rng: jax.Array, step: jax.Array
     ) -> LossOutput:
-        x = batch["x"].astype(params["up"].dtype)
+        x = self.encode(params, batch["x"])
+        loss = jnp.mean(jnp.square(x.astype(jnp.float32) - batch["y"]))
+        return LossOutput(loss, {}, state)
+
+    def encode(self, params: Params, x: jax.Array) -> jax.Array:
+        """[B, T, D] through all blocks, in the dtype of the parameters."""
+        x = x.astype(params["up"].dtype)
 
         def block(p: Params, x: jax.Array) -> jax.Array:
             q, k, v = (
@@ -66,12 +72,13 @@ class Toy(System):
             x = x + y.transpose(0, 2, 1, 3).reshape(x.shape) @ p["out"]
             return constrain(x + jax.nn.relu(x @ p["up"]) @ p["down"], ("batch", "seq", None))
 
-        x = run(block, params, x, policy=self.remat)
-        loss = jnp.mean(jnp.square(x.astype(jnp.float32) - batch["y"]))
-        return LossOutput(loss, {}, state)
+        return run(block, params, x, policy=self.remat)
 
     def functions(self) -> dict[str, Any]:
-        return {}
+        return {"encode": self.encode}
+
+    def function_inputs(self, batch_size: int) -> dict[str, dict[str, ArraySpec]]:
+        return {"encode": {"x": self.batch_spec(batch_size)["x"]}}
 
     def weights(self) -> WeightMap:
         raise ValueError("the toy has no published weights")

@@ -23,9 +23,9 @@ from jaxmods.systems.stargraph.system import StarGraph
 from jaxmods.weights import export_tensors, import_params, memory_reader
 
 SMALL = EncoderConfig(
-    width=32, anchors=141, anchors_per_entity=4, paths=22, center=True, node_width=16
+    width=32, anchors=188, anchors_per_entity=4, paths=22, center=True, node_width=16
 )
-SYSTEM = StarGraph(entities=509, relations=11, encoder=SMALL, negatives=6)
+SYSTEM = StarGraph(entities=599, relations=11, encoder=SMALL, negatives=6)
 DATA = recipes.pipeline(
     SYSTEM, DemoGraph(), anchor_size=1.0, skip_ratio=0.2, true_negatives=True, cache=None
 )
@@ -91,14 +91,14 @@ def test_encoding_each_entity_once_is_equal_without_dropout() -> None:
     system = without_dropout(SYSTEM)
     params = params_of(system, DATA)
     expected = value_and_grads(system, params, batch_of(DATA))
-    for slots, chunk in ((512, 0), (256, 0), (512, 128)):
+    for slots, chunk in ((640, 0), (256, 0), (640, 128)):
         other = dataclasses.replace(system, distinct=slots, encode_chunk=chunk)
         data = dataclasses.replace(DATA, distinct=slots)
         assert_same(value_and_grads(other, params, batch_of(data)), expected, 1e-4, 1e-6)
 
 
 def test_batches_are_as_the_system_says() -> None:
-    for slots in (0, 512):
+    for slots in (0, 640):
         system = dataclasses.replace(SYSTEM, distinct=slots)
         batch = batch_of(dataclasses.replace(DATA, distinct=slots), size=64)
         spec = system.batch_spec(64)
@@ -176,14 +176,14 @@ def test_padded_tables_change_no_result_and_export_without_padding() -> None:
     data = dataclasses.replace(DATA, tokens=dataclasses.replace(DATA.tokens, row_multiple=64))
     params = params_of(padded, data)
     tensors = {k: v.all() for k, v in export_tensors(params, padded.weights()).items()}
-    assert tensors["hashes"].shape == (509, 4)
-    assert tensors["node_embedding.weight"].shape == (510, 16)
+    assert tensors["hashes"].shape == (599, 4)
+    assert tensors["node_embedding.weight"].shape == (600, 16)
     abstract = unbox(jax.eval_shape(SYSTEM.init, jax.random.key(0)))
     plain = import_params(memory_reader(tensors), SYSTEM.weights(), abstract).params
-    ids = jnp.arange(509)
+    ids = jnp.arange(599)
     np.testing.assert_array_equal(SYSTEM.encode(plain, ids), padded.encode(params, ids))
     back = import_params(memory_reader(tensors), padded.weights(), params).params
-    assert back["encoder"]["node_embedding"].shape == (512 + 64 - 64, 16)
+    assert back["encoder"]["node_embedding"].shape == (640, 16)
     np.testing.assert_array_equal(back["graph"]["hashes"], params["graph"]["hashes"])
 
 
@@ -203,14 +203,14 @@ def test_initialisation_follows_the_official_rules() -> None:
 
 def test_constants_that_do_not_fit_say_what_to_set() -> None:
     constants = DATA.constants()
-    wrong = dataclasses.replace(SYSTEM, encoder=dataclasses.replace(SMALL, anchors=150, paths=30))
+    wrong = dataclasses.replace(SYSTEM, encoder=dataclasses.replace(SMALL, anchors=200, paths=30))
     with pytest.raises(
-        ValueError, match=r"set system\.encoder\.anchors=141.*system\.encoder\.paths=22"
+        ValueError, match=r"set system\.encoder\.anchors=188.*system\.encoder\.paths=22"
     ):
         wrong.check_constants(constants)
     with pytest.raises(ValueError, match=r"graph/nodes: missing"):
         SYSTEM.check_constants({k: v for k, v in constants.items() if k != "graph/nodes"})
-    with pytest.raises(ValueError, match=r"expected shape \(500, 4\), found \(509, 4\)"):
+    with pytest.raises(ValueError, match=r"expected shape \(500, 4\), found \(599, 4\)"):
         dataclasses.replace(SYSTEM, entities=500).check_constants(constants)
     bare = dataclasses.replace(SMALL, center=False)
     with pytest.raises(ValueError, match="no such table"):
@@ -226,8 +226,8 @@ def test_options_that_contradict_each_other_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(SMALL, **change)
-    with pytest.raises(ValueError, match="divisor of distinct"):
-        dataclasses.replace(SYSTEM, distinct=256, encode_chunk=100)
+    with pytest.raises(ValueError, match="expected 0 or more"):
+        dataclasses.replace(SYSTEM, encode_chunk=-1)
 
 
 def test_tables_of_the_graph_are_frozen() -> None:

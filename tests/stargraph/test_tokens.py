@@ -103,7 +103,7 @@ def test_rows_are_padded_to_a_multiple() -> None:
     tokens = tokenise(graph.train, graph.entities, TokenSpec(anchors=4, row_multiple=64))
     assert tokens.hashes is not None
     assert tokens.path_ids is not None
-    assert tokens.hashes.shape == (512, 4)
+    assert tokens.hashes.shape == (640, 4)
     assert (tokens.hashes[graph.entities :] == len(tokens.anchor_entities)).all()
     assert (tokens.path_ids[graph.entities :] == tokens.paths).all()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,8 +44,8 @@ class StarGraph(System):
       distinct: 0: every occurrence of an entity is encoded with its own dropout, as the official
         code does. More: the batch lists at most this many distinct entities, each encoded once;
         equal with dropout off, otherwise dropout is shared by the occurrences in a step.
-      encode_chunk: entities encoded at a time in training, their activations recomputed in the
-        backward pass; 0 for all at once.
+      encode_chunk: entities encoded at a time in training, keeping only the results of matrix
+        products for the backward pass; 0 for all at once, with everything kept.
       row_multiple: rows of tables are rounded up to this, so that a mesh can split them; the data
         must be tokenised with the same number.
     """
@@ -67,10 +68,10 @@ class StarGraph(System):
                 raise ValueError(
                     f"StarGraph.{name}: expected 1 or more, found {getattr(self, name)}"
                 )
-        if self.encode_chunk and self.distinct % self.encode_chunk:
+        if self.encode_chunk < 0 or self.distinct < 0:
             raise ValueError(
-                f"StarGraph.encode_chunk: expected a divisor of distinct={self.distinct}, "
-                f"found {self.encode_chunk}"
+                "StarGraph.encode_chunk, distinct: expected 0 or more, found "
+                f"{self.encode_chunk}, {self.distinct}"
             )
 
     @property
@@ -308,15 +309,18 @@ class StarGraph(System):
             return lambda ids: self._encode(params, ids, seed)
 
         def chunked(ids: jax.Array) -> jax.Array:
-            parts = ids.reshape(-1, self.encode_chunk)
+            count = -(-ids.shape[0] // self.encode_chunk)
+            padded = jnp.pad(ids, (0, count * self.encode_chunk - ids.shape[0]))
+            parts = padded.reshape(count, self.encode_chunk)
 
-            @jax.checkpoint
+            # Products are kept for the backward pass, what lies between them is computed again.
+            @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
             def one(part: jax.Array, number: jax.Array) -> jax.Array:
                 site = None if seed is None else fold(seed, number)
                 return self._encode(params, part, site)
 
-            vectors = jax.lax.map(lambda x: one(*x), (parts, jnp.arange(parts.shape[0])))
-            return vectors.reshape(ids.shape[0], -1)
+            vectors = jax.lax.map(lambda x: one(*x), (parts, jnp.arange(count)))
+            return vectors.reshape(-1, vectors.shape[-1])[: ids.shape[0]]
 
         return chunked
 
