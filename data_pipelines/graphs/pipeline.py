@@ -83,7 +83,8 @@ class TripleBatches(Pipeline):
                 for name, array in arrays.items()
             }
             names = _share(ids, "records", process_index, process_count).tolist()
-            info = BatchInfo(tuple(f"train:{i}" for i in names), cut=cut, seen=len(names))
+            told = cut if process_index == 0 else {}  # of the whole batch: counted once
+            info = BatchInfo(tuple(f"train:{i}" for i in names), cut=told, seen=len(names))
             yield HostBatch(part, info)
             step += 1
 
