@@ -30,6 +30,7 @@ from data_pipelines.sources.finehard import FineHard
 from data_pipelines.sources.jsonl import JsonLines
 from data_pipelines.sources.webdataset import WebDataset
 from jaxmods.backbones.clip import Execution, TextConfig, VisionConfig
+from jaxmods.partitioning import MeshShape
 from jaxmods.systems.fgclip.system import FgClip
 from train.experiment import (
     Checkpointing,
@@ -303,7 +304,10 @@ def base_stage2() -> Experiment:
 
 def large_stage1() -> Experiment:
     """FG-CLIP large, stage 1: short and long captions, from OpenAI's CLIP L/14 at 336 px."""
-    return _stage1(LARGE, "weights/clip-vit-large-patch14-336")
+    recipe = _stage1(LARGE, "weights/clip-vit-large-patch14-336")
+    # 240 pictures on each chip of a v5e-256 leave no room for a whole optimiser state beside them:
+    # it is split over one ring of 16 chips (the paper's runs split it, too: ZeRO-2).
+    return dataclasses.replace(recipe, mesh=MeshShape(fsdp=16))
 
 
 def large_stage2() -> Experiment:

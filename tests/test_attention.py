@@ -53,6 +53,20 @@ def test_mask_segments_and_scale() -> None:
     np.testing.assert_allclose(found, reference(q, k, v, mask & same, 0.3), atol=2e-6)
 
 
+def test_bias_is_added_to_the_scaled_scores() -> None:
+    q, k, v = draw(2, 2, 2, 4, 6, 8)
+    bias = np.random.default_rng(1).normal(size=(1, 2, 4, 6)).astype(np.float32)
+    mask = np.random.default_rng(2).random((2, 1, 1, 6)) < 0.7
+    scores = 0.3 * np.einsum("bhtd,bhsd->bhts", q.astype(np.float64), k) + bias
+    scores = np.where(mask, scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    expected = np.einsum("bhts,bhsd->bhtd", weights / weights.sum(-1, keepdims=True), v)
+    found = attention(q, k, v, bias=bias, mask=mask, scale=0.3)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    with pytest.raises(ValueError, match="it takes no bias"):
+        attention(q, k, v, bias=bias, implementation="flash")
+
+
 def test_query_without_keys_gets_the_mean() -> None:
     q, k, v = draw(1, 1, 1, 2, 3, 4)
     found = attention(q, k, v, mask=np.zeros((1, 1, 2, 3), bool))

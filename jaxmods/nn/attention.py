@@ -26,30 +26,34 @@ def attention(
     *,
     causal: bool = False,
     mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
     q_segments: jax.Array | None = None,
     kv_segments: jax.Array | None = None,
     scale: float | None = None,
     implementation: Implementation = "auto",
 ) -> jax.Array:
-    """softmax(scale * q k^T + masks) v, with scores and softmax in float32.
+    """softmax(scale * q k^T + bias + masks) v, with scores and softmax in float32.
 
     Args:
       q_BHTD: queries. k_BKSD, v_BKSD: keys and values; K may be smaller than H (grouped heads).
       causal: query t sees keys up to t + S - T (the last query sees all).
-      mask: bool, broadcastable to [B, H, T, S]; False hides a key. Only "xla" and "cudnn" take one.
+      mask: bool, broadcastable to [B, H, T, S]; False hides a key. "flash" takes only one that is
+        the same for all heads and queries, [B or 1, 1, 1, S].
+      bias: float, broadcastable to [B, H, T, S], added to the scaled scores (relative positions).
+        Only "xla" and "cudnn" take one.
       q_segments, kv_segments: int [B, T] and [B, S]; a query sees keys of its own segment only.
       scale: factor of the scores; default D^-0.5.
       implementation: "xla" plain products; "flash" the Pallas kernel for TPU (elsewhere it is
         interpreted, for tests); "cudnn" the fused kernel for GPU (half precision); "auto" takes
-        flash where the program is for a TPU, there is no explicit mask, and the sequence is long
-        enough to pay (`flash_tpu.AUTO_FROM` keys), and xla otherwise.
+        flash where the program is for a TPU, there is no explicit mask or bias, and the sequence
+        is long enough to pay (`flash_tpu.AUTO_FROM` keys), and xla otherwise.
 
     Returns:
       [B, H, T, D] in the dtype of `v`. A query that sees no key gets the mean of all values
       (under "flash": some finite value).
 
     Raises:
-      ValueError: shapes that do not fit together, or a mask given to "flash".
+      ValueError: shapes that do not fit together, or a mask or bias given to "flash".
     """
     batch, heads, queries, width = q_BHTD.shape
     kv_heads, keys = k_BKSD.shape[1], k_BKSD.shape[2]
@@ -66,7 +70,12 @@ def attention(
     if (q_segments is None) != (kv_segments is None):
         raise ValueError("attention: give q_segments and kv_segments together, or neither")
     scale = width**-0.5 if scale is None else scale
-    refusal = flash_tpu.supports(queries, keys, causal=causal, masked=mask is not None)
+    # A mask of keys alone is two segments: the kernel can do that.
+    of_keys = mask is not None and q_segments is None and mask.shape[1:] == (1, 1, keys)
+    masked = mask is not None and not of_keys
+    refusal = flash_tpu.supports(
+        queries, keys, causal=causal, masked=masked, biased=bias is not None
+    )
     if implementation == "flash" and refusal:
         raise ValueError(
             f"attention: the flash kernel cannot do this, {refusal}; "
@@ -77,6 +86,10 @@ def attention(
 
     with jax.named_scope("attention"):  # preflight counts the products inside apart
         if implementation == "flash":
+            if mask is not None:
+                q_segments = jnp.zeros((batch, queries), jnp.int32)
+                hidden = jnp.where(mask[:, 0, 0], 0, 1).astype(jnp.int32)
+                kv_segments = jnp.broadcast_to(hidden, (batch, keys))
             return flash_tpu.flash_attention(
                 q_BHTD,
                 k_BKSD,
@@ -90,9 +103,11 @@ def attention(
             k_BKSD = jnp.repeat(k_BKSD, heads // kv_heads, axis=1)
             v_BKSD = jnp.repeat(v_BKSD, heads // kv_heads, axis=1)
         if implementation == "cudnn":
-            return _cudnn(q_BHTD, k_BKSD, v_BKSD, mask, q_segments, kv_segments, causal, scale)
+            return _cudnn(
+                q_BHTD, k_BKSD, v_BKSD, mask, bias, q_segments, kv_segments, causal, scale
+            )
         visible = _visible(mask, q_segments, kv_segments, causal, queries, keys)
-        return _xla(q_BHTD, k_BKSD, v_BKSD, visible, scale)
+        return _xla(q_BHTD, k_BKSD, v_BKSD, visible, bias, scale)
 
 
 def _visible(
@@ -116,11 +131,18 @@ def _visible(
 
 
 def _xla(
-    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array | None, scale: float
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: jax.Array | None,
+    bias: jax.Array | None,
+    scale: float,
 ) -> jax.Array:
     scores = jnp.einsum(
         "BHTD,BHSD->BHTS", q * jnp.asarray(scale, q.dtype), k, preferred_element_type=jnp.float32
     )
+    if bias is not None:
+        scores = scores + bias
     if visible is not None:
         scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -132,6 +154,7 @@ def _cudnn(
     k: jax.Array,
     v: jax.Array,
     mask: jax.Array | None,
+    bias: jax.Array | None,
     q_segments: jax.Array | None,
     kv_segments: jax.Array | None,
     causal: bool,
@@ -143,6 +166,7 @@ def _cudnn(
         q,
         k,
         v,
+        bias=None if bias is None else bias.astype(q.dtype),
         mask=visible,
         is_causal=causal,
         scale=scale,

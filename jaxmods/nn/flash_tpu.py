@@ -54,10 +54,14 @@ def pays(queries: int, keys: int) -> bool:
     return partitioning.active() is not None or jax.device_count() == 1
 
 
-def supports(queries: int, keys: int, *, causal: bool, masked: bool) -> str | None:
+def supports(
+    queries: int, keys: int, *, causal: bool, masked: bool, biased: bool = False
+) -> str | None:
     """None when the kernel can do it, else the reason why not."""
     if masked:
         return "it takes segments but no explicit mask"
+    if biased:
+        return "it takes no bias"
     if causal and queries > keys:
         return f"causal needs at least as many keys as queries, found {keys} and {queries}"
     return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -10,12 +12,15 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from jaxmods.partitioning import unbox
-from tests.preflight.toy import Toy
+from jaxmods.nn.attention import attention
+from jaxmods.partitioning import MeshShape, make_mesh, sharding_for, unbox, use_mesh
+from jaxmods.system import ArraySpec
+from tests.preflight.toy import Toy, experiment
 from train.cli import main
-from train.exits import ExitCode, UsageError
+from train.exits import ExitCode, UsageError, UserError
 from train.preflight import command, topologies
 
 ROOT = Path(__file__).parents[2]
@@ -25,17 +30,22 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own: libtpu is set up before JAX starts."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment["PYTHONPATH"] = str(ROOT)
-    return subprocess.run(
-        [sys.executable, "-m", "train", "preflight", *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
+@pytest.fixture(scope="module")
+def preflight():
+    """The command in this process, which libtpu's settings leave as it was: (exit code, output)."""
+    environment = dict(os.environ)
+    cached = jax.config.jax_enable_compilation_cache
+
+    def call(*arguments: str) -> tuple[int, str]:
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            code = main(["preflight", *arguments])
+        return code, output.getvalue()
+
+    yield call
+    os.environ.clear()
+    os.environ.update(environment)
+    jax.config.update("jax_enable_compilation_cache", cached)
 
 
 def test_without_libtpu_it_names_the_extra(monkeypatch, capsys):
@@ -99,14 +109,55 @@ def test_every_function_of_fgclip_says_what_it_takes():
         assert jax.eval_shape(functions[name], params, *structs).shape[0] == 6
 
 
+class Painter(Toy):
+    """A toy that generates."""
+
+    def function_inputs(self, batch_size: int) -> dict[str, dict[str, ArraySpec]]:
+        noise = {"noise": ArraySpec((batch_size, 4), "float32", ("batch", None))}
+        return {**super().function_inputs(batch_size), "sample": noise, "sample_fast": noise}
+
+
+def test_functions_that_generate_are_apart():
+    recipe = experiment(Painter())
+    assert list(command.functions_for("eval", recipe)) == ["encode"]
+    assert list(command.functions_for("sample", recipe)) == ["sample", "sample_fast"]
+
+
+def test_a_system_that_generates_nothing_says_so():
+    with pytest.raises(UserError, match=r"--what sample: .*Toy.*called sample; it lists encode"):
+        command.functions_for("sample", experiment())
+
+
+def test_suggestions_are_for_one_mesh(monkeypatch, capsys):
+    monkeypatch.setattr(topologies, "require_libtpu", lambda: None)
+    monkeypatch.setattr(topologies, "settle_environment", lambda: None)
+    monkeypatch.setattr(topologies, "devices", lambda topology: [])
+    arguments = ["preflight", f"{TOY}:small", "--topology", "v5e-4", "--suggest", "--sweep"]
+    assert main(arguments) == ExitCode.USAGE
+    assert "--suggest: expected one mesh" in capsys.readouterr().err
+
+
 # With the compiler -----------------------------------------------------------------------------
 
 
 @needs_libtpu
 @pytest.mark.slow
 def test_a_small_recipe_on_a_pod():
-    result = run(f"{TOY}:small", "--topology", "v5e-256", "--json", "--set", "batch_size=256")
+    """In a process of its own, where libtpu is set up before JAX starts and says nothing."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    paths = (str(ROOT), environment.get("PYTHONPATH", ""))
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+    arguments = (f"{TOY}:small", "--topology", "v5e-256", "--json", "--set", "batch_size=256")
+    result = subprocess.run(
+        [sys.executable, "-m", "train", "preflight", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
+    assert "compiling" in result.stderr
+    assert len(result.stderr.splitlines()) == 2, result.stderr
     found = json.loads(result.stdout)
     assert found["fits"]
     assert (found["topology"]["devices"], found["topology"]["hosts"]) == (256, 64)
@@ -125,18 +176,20 @@ def test_a_small_recipe_on_a_pod():
 
 @needs_libtpu
 @pytest.mark.slow
-def test_a_recipe_that_does_not_fit_says_why():
-    result = run(f"{TOY}:large", "--topology", "v5e-4", "--set", "system.remat=none")
-    assert result.returncode == ExitCode.OUT_OF_MEMORY
-    assert "DOES NOT FIT" in result.stdout
-    assert "tests/preflight/toy.py:" in result.stdout
-    assert "try: " in result.stdout
+def test_a_recipe_that_does_not_fit_says_why_and_what_does(preflight):
+    code, text = preflight(f"{TOY}:large", "--topology", "v5e-4", "--suggest")
+    assert code == ExitCode.OUT_OF_MEMORY
+    assert "DOES NOT FIT" in text
+    assert "tests/preflight/toy.py:" in text
+    assert "try: --set system.remat=full: " in text
+    assert "With --set system.remat=full" in text
+    assert ", train: fits" in text
 
 
 @needs_libtpu
 @pytest.mark.slow
-def test_long_sequences_take_the_flash_kernel_by_themselves():
-    result = run(
+def test_long_sequences_take_the_flash_kernel_by_themselves(preflight):
+    code, text = preflight(
         f"{TOY}:small",
         "--topology",
         "v5e-4",
@@ -146,8 +199,8 @@ def test_long_sequences_take_the_flash_kernel_by_themselves():
         "system.layers=2",
         "batch_size=16",
     )
-    assert result.returncode == 0, result.stderr
-    kernels = json.loads(result.stdout)["attention_kernels"]
+    assert code == 0
+    kernels = json.loads(text)["attention_kernels"]
     flash = [k for k in kernels if k["kind"] == "flash"]
     # Per layer: forward, forward again (remat), dq and dkv.
     assert sum(k["times"] for k in flash) == 2 * 4
@@ -156,10 +209,35 @@ def test_long_sequences_take_the_flash_kernel_by_themselves():
 
 @needs_libtpu
 @pytest.mark.slow
-def test_named_functions():
-    result = run(f"{TOY}:small", "--topology", "v5e-4", "--what", "eval", "--json")
-    assert result.returncode == 0, result.stderr
-    (found,) = json.loads(result.stdout)
+def test_the_kernel_compiles_for_every_chip_grouped_padded_and_split(preflight):
+    """Grouped heads of odd width, segments, a ragged length; heads and sequence split."""
+    topologies.settle_environment()
+    for name in ("v4-8", "v5e-4", "v5p-8", "v6e-4", "tpu7x-8"):
+        mesh = make_mesh(MeshShape(tensor=2, context=2), topologies.devices(topologies.parse(name)))
+
+        def loss(q, k, v, ids, mesh=mesh):
+            with use_mesh(mesh):
+                return jnp.sum(attention(q, k, v, causal=True, q_segments=ids, kv_segments=ids))
+
+        def struct(shape, dtype, mesh=mesh):
+            placed = sharding_for(shape, ("batch", *(None,) * (len(shape) - 1)), mesh)
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+
+        batch = 2 * mesh.shape["data"]
+        q, kv = (struct((batch, heads, 600, 40), jnp.bfloat16) for heads in (4, 2))
+        lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(
+            q, kv, kv, struct((batch, 600), jnp.int32)
+        )
+        assert lowered.as_text().count("tpu_custom_call") >= 3
+        assert lowered.compile().memory_analysis().temp_size_in_bytes > 0
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_named_functions(preflight):
+    code, text = preflight(f"{TOY}:small", "--topology", "v5e-4", "--what", "eval", "--json")
+    assert code == 0
+    (found,) = json.loads(text)
     assert (found["what"], found["batch_size"]) == ("encode", 64)
     forward = Toy().forward_matmul_flops() + Toy().forward_attention_flops()
     assert found["flops"]["model_per_example"] == pytest.approx(forward)
@@ -168,38 +246,28 @@ def test_named_functions():
 
 @needs_libtpu
 @pytest.mark.slow
-def test_two_slices_join_over_the_network():
-    result = run(
+def test_two_meshes_over_two_slices(preflight):
+    code, text = preflight(
         f"{TOY}:small",
         "--topology",
         "v5e-4",
         "--slices",
         "2",
         "--json",
-        "--set",
-        "mesh.data=2",
-        "mesh.fsdp=4",
-        "system.layers=2",
-    )
-    assert result.returncode == 0, result.stderr
-    crossing = [c for c in json.loads(result.stdout)["collectives"] if c["dcn"]]
-    assert crossing
-    assert {c["axes"] for c in crossing} == {"data"}
-
-
-@needs_libtpu
-@pytest.mark.slow
-def test_two_meshes_side_by_side():
-    result = run(
-        f"{TOY}:small",
-        "--topology",
-        "v5e-4",
         "--compare",
-        "data=4",
+        "data=8",
         "fsdp=4",
         "--set",
         "system.layers=2",
     )
-    assert result.returncode == 0, result.stderr
-    assert "data=4" in result.stdout
-    assert "fsdp=4" in result.stdout
+    assert code == 0
+    copies, split = json.loads(text)["meshes"]
+    assert (copies["mesh"]["data"], split["mesh"]["data"], split["mesh"]["fsdp"]) == (8, 2, 4)
+    for found in (copies, split):
+        crossing = [c for c in found["collectives"] if c["dcn"]]
+        assert {c["axes"] for c in crossing} == {"data"}
+        # Gradients, in bfloat16 as the forward pass, of a fourth of the parameters (within a slice
+        # they are reduced first), and little else.
+        gradients = copies["memory"]["parameters"] / 2 / 4
+        assert sum(c["bytes"] for c in crossing) == pytest.approx(gradients, rel=0.02)
+        assert any("over the network" in w for w in found["warnings"])

@@ -22,6 +22,7 @@ class Case:
     queries: int = 130
     keys: int = 130
     width: int = 8
+    value_width: int | None = None
     causal: bool = False
     segments: bool = False
 
@@ -33,7 +34,7 @@ CASES = {
     "cross": Case(queries=40, keys=200),
     "grouped heads": Case(heads=4, kv_heads=2),
     "one key head": Case(heads=2, kv_heads=1, causal=True),
-    "head width off the tile": Case(width=20),
+    "head width off the tile": Case(width=20, value_width=12),
     "segments": Case(segments=True),
     "segments, causal": Case(segments=True, causal=True),
     "several tiles": Case(batch=1, queries=1100, keys=1100, causal=True),
@@ -46,7 +47,7 @@ def arrays(case: Case) -> tuple[list[jax.Array], dict[str, jax.Array]]:
     def normal(*shape: int) -> jax.Array:
         return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
-    kv = (case.batch, case.kv_heads, case.keys, case.width)
+    kv = (case.batch, case.kv_heads, case.keys)
     q = normal(case.batch, case.heads, case.queries, case.width)
     segments = {}
     if case.segments:
@@ -55,7 +56,7 @@ def arrays(case: Case) -> tuple[list[jax.Array], dict[str, jax.Array]]:
             "q_segments": jnp.asarray(ids[:, : case.queries]),
             "kv_segments": jnp.asarray(ids),
         }
-    return [q, normal(*kv), normal(*kv)], segments
+    return [q, normal(*kv, case.width), normal(*kv, case.value_width or case.width)], segments
 
 
 def value_and_grads(implementation, case, qkv, segments):
@@ -91,9 +92,12 @@ def test_equals_plain_attention(name):
         (MeshShape(data=2, tensor=2, context=2), Case(queries=200, keys=200)),
         (MeshShape(data=2, context=4), Case(queries=600, keys=600, causal=True)),
         (MeshShape(data=2, tensor=4), Case(heads=4, kv_heads=2, causal=True)),
-        (MeshShape(data=1, fsdp=2, tensor=2, context=2), Case(segments=True, causal=True)),
+        (
+            MeshShape(data=1, fsdp=2, tensor=2, context=2),
+            Case(heads=4, kv_heads=2, segments=True, causal=True),
+        ),
     ],
-    ids=["heads and context", "causal context", "fewer key heads than devices", "segments"],
+    ids=["heads and context", "causal context", "fewer key heads than devices", "all of it"],
 )
 def test_split_over_a_mesh_equals_plain_attention(shape, case):
     qkv, segments = arrays(case)

@@ -50,6 +50,17 @@ def test_the_flash_kernel_counts_by_its_shapes():
     assert counted.attention == pytest.approx((5.5 + 1 / (2 * 128)) * attention)
 
 
+@pytest.mark.parametrize("implementation", ["auto", "flash"])
+def test_what_is_needed_knows_no_kernels(implementation):
+    """130 tokens, which the kernel pads to a tile of 256."""
+    toy = Toy(remat="full", tokens=130, attention=implementation)
+    recipe = experiment(toy, batch_size=16)
+    plan = make_plan(recipe, make_mesh(recipe.mesh))
+    batch = {k: s.struct() for k, s in toy.batch_spec(16).items()}
+    needed = program._needed(plan, batch, Flops(matmul=float("inf")))
+    assert needed.total == 16 * toy.flops_per_example()
+
+
 def test_accumulation_does_not_change_the_count():
     recipe = experiment(Toy(remat="none"), batch_size=32)
     accumulated = dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, accumulate=2))

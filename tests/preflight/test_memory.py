@@ -98,19 +98,3 @@ def test_state_bytes_follow_the_shardings():
     toy = Toy()
     count = toy.layers * (4 * toy.width**2 + 2 * toy.width * toy.mlp)
     assert held == 4 * count / 8
-
-
-@pytest.mark.parametrize(
-    ("parameters", "temporaries", "remat", "first"),
-    [
-        (900.0, 50.0, "none", "mesh.fsdp"),
-        (10.0, 900.0, "none", "remat=full"),
-        (10.0, 900.0, "dots", "remat=full"),
-        (10.0, 900.0, "full", "fewer examples per device"),
-        (10.0, 20.0, "full", "a larger topology"),
-    ],
-)
-def test_advice_names_what_is_large(parameters, temporaries, remat, first):
-    state = memory.StateBytes(parameters, 0.0, 0.0, 0.0, 0.0)
-    found = memory.of_overflow(state, parameters + temporaries, 500.0, ())
-    assert first in memory.advice(found, {"fsdp": 1, "tensor": 1, "context": 1}, remat)[0]

@@ -164,7 +164,7 @@ def test_what_does_not_fit_gets_reasons_and_advice():
     assert "DOES NOT FIT" in text
     assert "why it does not fit" in text
     assert "jaxmods/nn/x.py:3" in text
-    assert "try: recompute activations" in text
+    assert "try: --set system.remat=full: recompute activations" in text
     assert found.estimate is None
     assert "ESTIMATED" not in text
 

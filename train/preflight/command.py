@@ -15,6 +15,7 @@ from train.exits import ExitCode, UsageError, UserError
 from train.preflight import topologies
 
 if TYPE_CHECKING:
+    from jaxmods.system import ArraySpec
     from train.experiment import Experiment
     from train.preflight.report import Report
     from train.preflight.topologies import Topology
@@ -25,6 +26,7 @@ _AXES = ("data", "fsdp", "tensor", "context")
 _EXAMPLE = """examples:
   jaxmods preflight fgclip/base_stage1 --topology v5e-256
   jaxmods preflight fgclip/large_stage1 --topology v5p:4x4x4 --set batch_size=131072
+  jaxmods preflight fgclip/large_stage1 --topology v5e-64 --suggest
   jaxmods preflight fgclip/base_stage1 --topology v5e-256 --compare data=256 fsdp=16
   jaxmods preflight fgclip/base_stage1 --topology v5e-256 --sweep fsdp=1,16,256 tensor=1,4
 
@@ -59,9 +61,16 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--what",
-        choices=("train", "eval"),
+        choices=("train", "eval", "sample"),
         default="train",
-        help="the training step (default), or the named functions that evaluations call",
+        help="the training step (default), the named functions that evaluations call, or those "
+        "that generate",
+    )
+    parser.add_argument(
+        "--suggest",
+        action="store_true",
+        help="when it does not fit, compile with the suggested settings, one more at a time, until "
+        "it does",
     )
     parser.add_argument(
         "--set",
@@ -101,17 +110,34 @@ def run(options: argparse.Namespace) -> int:
     devices = topologies.devices(topology)
     if options.compare is None and options.sweep is None:
         reports = reports_for(options.recipe, options.what, experiment, topology, devices)
+        fitting: Fitting | None = None
+        if options.suggest and not all(r.fits for r in reports):
+            fitting = first_that_fits(
+                options.recipe, options.what, experiment, topology, devices, reports
+            )
         if options.json:
             found = [r.json() for r in reports]
+            if fitting is not None:
+                found[0]["suggested"] = {
+                    "settings": list(fitting.settings),
+                    "reports": [r.json() for r in fitting.reports],
+                }
             print(json.dumps(found[0] if options.what == "train" else found, indent=2))
         else:
             print("\n\n".join(table(r) for r in reports))
+            if fitting is not None:
+                print(f"\n\nWith --set {' '.join(fitting.settings)}\n")
+                print("\n\n".join(table(r) for r in fitting.reports))
+            elif options.suggest and not all(r.fits for r in reports):
+                print("\nnone of the suggested settings fits")
         return ExitCode.OK if all(r.fits for r in reports) else ExitCode.OUT_OF_MEMORY
 
     if options.what != "train":
         raise UsageError(
             "--compare and --sweep: expected --what train; evaluate one mesh at a time"
         )
+    if options.suggest:
+        raise UsageError("--suggest: expected one mesh, without --compare and --sweep")
     if options.compare is not None:
         meshes = [mesh_sizes(text, topology) for text in options.compare]
     else:
@@ -153,26 +179,79 @@ def reports_for(
     Raises:
       UserError: a recipe that does not suit the topology, or has nothing to compile.
     """
+    from train.metrics import announced
     from train.preflight import program
     from train.preflight.report import make_report
 
     if what == "train":
-        compiled = program.train_step(experiment, topology, devices)
+        with announced(f"compiling {recipe} for {topology.name}"):
+            compiled = program.train_step(experiment, topology, devices)
         analytic = experiment.system.flops_per_example()
         size = experiment.batch_size
         return [make_report(recipe, "train", experiment, topology, compiled, size, analytic)]
     rows = experiment.evaluation.batch_size
-    inputs = experiment.system.function_inputs(rows)
-    if not inputs:
-        raise UserError(
-            f"preflight: {type(experiment.system).__name__} does not say what its functions take; "
-            "implement System.function_inputs"
-        )
     reports = []
-    for name, arguments in inputs.items():
-        compiled = program.inference(experiment, topology, devices, name, arguments)
+    for name, arguments in functions_for(what, experiment).items():
+        with announced(f"compiling {recipe}, {name}, for {topology.name}"):
+            compiled = program.inference(experiment, topology, devices, name, arguments)
         reports.append(make_report(recipe, name, experiment, topology, compiled, rows, None))
     return reports
+
+
+def functions_for(what: str, experiment: Experiment) -> dict[str, dict[str, ArraySpec]]:
+    """Arguments, by function, of the named functions that `what` stands for: "sample" those called
+    `sample` or `sample_...`, "eval" all others.
+
+    Raises:
+      UserError: the system lists none of them.
+    """
+    system = experiment.system
+    inputs = system.function_inputs(experiment.evaluation.batch_size)
+    found = {n: a for n, a in inputs.items() if (n.split("_")[0] == "sample") == (what == "sample")}
+    if not found:
+        known = f"it lists {', '.join(inputs)}" if inputs else "it lists no function"
+        raise UserError(
+            f"preflight --what {what}: expected {type(system).__name__}.function_inputs to list "
+            + ("a function called sample" if what == "sample" else "the functions of evaluations")
+            + f"; {known}"
+        )
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitting:
+    """Settings with which a recipe fits, and the reports that show it."""
+
+    settings: tuple[str, ...]
+    reports: list[Report]
+
+
+def first_that_fits(
+    recipe: str,
+    what: str,
+    experiment: Experiment,
+    topology: Topology,
+    devices: list[Any],
+    reports: list[Report],
+) -> Fitting | None:
+    """Compile with the first suggestion of a report that does not fit, then with the first two,
+    and so on; None when all of them together are not enough."""
+    from train.overrides import apply_overrides
+
+    advice = next(r.advice for r in reports if not r.fits)
+    settings: tuple[str, ...] = ()
+    for suggestion in (a for a in advice if a.settings):
+        settings += suggestion.settings
+        LOG.info("trying --set %s", " ".join(settings))
+        try:
+            changed = apply_overrides(experiment, settings)
+            found = reports_for(recipe, what, changed, topology, devices)
+        except UserError as error:
+            LOG.info("%s", error)
+            continue
+        if all(r.fits for r in found):
+            return Fitting(settings, found)
+    return None
 
 
 def mesh_sizes(text: str, topology: Topology) -> dict[str, int]:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from train.preflight.hlo import Array, Instruction, Program, arrays
+from train.state import Plan
 
 _OOM = re.compile(
     r"required for HLO temporaries \(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)"
@@ -98,6 +99,23 @@ def shard_bytes(tree: Any, shardings: Any) -> float:
         shardings,
     )
     return float(sum(jax.tree.leaves(sizes)))
+
+
+def state_bytes(plan: Plan, batch: Any = None, batch_shardings: Any = None) -> StateBytes:
+    """Bytes per device of a training state, and of a batch where one is given."""
+    abstract, shardings = plan.abstract, plan.shardings
+    return StateBytes(
+        parameters=shard_bytes(
+            (abstract.trained, abstract.frozen), (shardings.trained, shardings.frozen)
+        ),
+        optimizer=shard_bytes(abstract.opt_state, shardings.opt_state),
+        gradients=shard_bytes(abstract.trained, shardings.trained),
+        batch=shard_bytes(batch, batch_shardings),
+        other=shard_bytes(
+            (abstract.state, abstract.step, abstract.rng, abstract.ema),
+            (shardings.state, shardings.step, shardings.rng, shardings.ema),
+        ),
+    )
 
 
 def of_compiled(
@@ -222,33 +240,3 @@ def _buffer(size: int, values: Sequence[tuple[str, str]], program: Program | Non
         origin=instruction.op_name if instruction else "",
         source=program.source(instruction) if program and instruction else "",
     )
-
-
-def advice(memory: Memory, sizes: dict[str, int], remat: str | None) -> list[str]:
-    """What usually helps when it does not fit, the most promising first.
-
-    Args:
-      sizes: of the mesh axes. remat: the recipe's setting, None where it has none.
-    """
-    state = memory.parameters + memory.optimizer + memory.gradients
-    lines = []
-    if state > memory.temporaries or state > 0.5 * memory.capacity:
-        lines.append(
-            "parameters, optimiser state and gradients are the larger part: split them over more "
-            f"devices (mesh.fsdp, now {sizes.get('fsdp', 1)}; then mesh.tensor, now "
-            f"{sizes.get('tensor', 1)})"
-        )
-    if memory.temporaries > 0.3 * memory.capacity:
-        if remat == "none":
-            lines.append("recompute activations instead of keeping them: remat=full")
-        elif remat == "dots":
-            lines.append("recompute products as well: remat=full")
-        lines.append(
-            "fewer examples per device: a larger topology, a smaller batch_size, or "
-            "optim.accumulate where the objective allows it"
-        )
-        lines.append(
-            f"split the sequence or the heads: mesh.context (now {sizes.get('context', 1)}), "
-            f"mesh.tensor (now {sizes.get('tensor', 1)})"
-        )
-    return lines or ["a larger topology, or one with more memory per chip"]

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxmods.partitioning import make_mesh, sharding_for, use_mesh
 from train.exits import UserError
 from train.experiment import Experiment
+from train.overrides import apply_overrides
 from train.preflight import flops, hlo, memory
 from train.preflight.topologies import Topology
 from train.state import Plan, cast_floating, make_plan
@@ -31,7 +32,7 @@ class Compiled:
         allocation, without cycles).
       memory: of one device.
       hardware, model: operations of a step on all devices, as run and as needed.
-      seconds: of tracing, lowering, compiling.
+      seconds: of tracing, lowering, compiling; "processor": what compiling took of all cores.
       state_leaves: arrays of a training state, which should be updated in place.
     """
 
@@ -85,38 +86,23 @@ def train_step(experiment: Experiment, topology: Topology, devices: list[Any]) -
     hardware = flops.count(step.traced.jaxpr)
     spec = experiment.system.batch_spec(experiment.batch_size)
     batch = {k: s.struct() for k, s in spec.items()}
-    abstract, shardings = plan.abstract, plan.shardings
-    state = memory.StateBytes(
-        parameters=memory.shard_bytes(
-            (abstract.trained, abstract.frozen), (shardings.trained, shardings.frozen)
-        ),
-        optimizer=memory.shard_bytes(abstract.opt_state, shardings.opt_state),
-        gradients=memory.shard_bytes(abstract.trained, shardings.trained),
-        batch=memory.shard_bytes(batch, step.batch_shardings),
-        other=memory.shard_bytes(
-            (abstract.state, abstract.step, abstract.rng, abstract.ema),
-            (shardings.state, shardings.step, shardings.rng, shardings.ema),
-        ),
-    )
+    state = memory.state_bytes(plan, batch, step.batch_shardings)
     model = _needed(plan, batch, hardware)
     compiled = _compile(
         step.traced.lower, mesh, split, state, hardware, model, {"trace": traced}, topology
     )
-    return dataclasses.replace(compiled, state_leaves=len(jax.tree.leaves(abstract)))
+    return dataclasses.replace(compiled, state_leaves=len(jax.tree.leaves(plan.abstract)))
 
 
 def _needed(plan: Plan, batch: dict[str, Any], hardware: flops.Flops) -> flops.Flops:
     """Operations that the mathematics needs: three times the forward pass, plain attention,
     nothing recomputed; less where parts are frozen."""
-    experiment = plan.experiment
-    compute = experiment.precision.compute
+    system = _with_plain_attention(plan.experiment).system
+    compute = plan.experiment.precision.compute
 
     def forward(params: Any, state: Any, batch: Any, rng: Any, step: Any) -> Any:
         params = cast_floating(params, compute)
-        return [
-            loss.fn(params, state, batch, rng, step).loss
-            for loss in plan.experiment.system.losses()
-        ]
+        return [loss.fn(params, state, batch, rng, step).loss for loss in system.losses()]
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     jaxpr = jax.make_jaxpr(forward)(
@@ -128,6 +114,18 @@ def _needed(plan: Plan, batch: dict[str, Any], hardware: flops.Flops) -> flops.F
     )
     needed = flops.count(jaxpr).times(3)
     return needed if needed.total <= hardware.total else hardware
+
+
+def _with_plain_attention(experiment: Experiment) -> Experiment:
+    """The experiment without kernels, whose tiles are padded. (What is chosen by itself is plain
+    outside a mesh.)"""
+    for path in ("system.execution.attention", "system.attention"):
+        value: Any = experiment
+        for name in path.split("."):
+            value = getattr(value, name, None)
+        if value == "flash":
+            return apply_overrides(experiment, [f"{path}=xla"])
+    return experiment
 
 
 def inference(
@@ -162,8 +160,9 @@ def inference(
     traced = jitted.trace(plan.abstract.params, *structs)
     seconds = {"trace": time.perf_counter() - started}
     hardware = flops.count(traced.jaxpr)
+    without = _with_plain_attention(experiment).system.functions()[name]
     plain = flops.count(
-        jax.make_jaxpr(lambda p, *a: function(cast_floating(p, compute), *a))(
+        jax.make_jaxpr(lambda p, *a: without(cast_floating(p, compute), *a))(
             plan.abstract.params, *structs
         )
     )
@@ -192,13 +191,18 @@ def _compile(
     seconds = {**seconds, "lower": time.perf_counter() - started}
     capacity = topology.chip.hbm
     with tempfile.TemporaryDirectory(prefix="preflight-") as folder:
-        started = time.perf_counter()
+        started, processor = time.perf_counter(), time.process_time()
+
+        def stop() -> None:
+            seconds["compile"] = time.perf_counter() - started
+            seconds["processor"] = time.process_time() - processor
+
         try:
             compiled = lowered.compile(
                 compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
             )
         except Exception as error:  # the compiler raises several types
-            seconds["compile"] = time.perf_counter() - started
+            stop()
             message = str(error)
             if not memory.is_overflow(message):
                 raise UserError(
@@ -209,7 +213,7 @@ def _compile(
             required, available = memory.overflow(message) or (float("inf"), capacity)
             overflow = memory.of_overflow(state, required, available, buffers)
             return Compiled(mesh, split, None, early, overflow, hardware, model, seconds)
-        seconds["compile"] = time.perf_counter() - started
+        stop()
         program = _parsed(folder, "after_codegen.txt")
         if program is None:
             raise UserError(

@@ -9,6 +9,7 @@ from typing import Any
 from train.experiment import Experiment
 from train.preflight import collectives, memory
 from train.preflight import model as step_time
+from train.preflight.advice import Suggestion, suggestions
 from train.preflight.chips import GIB
 from train.preflight.flops import Flops
 from train.preflight.program import Compiled
@@ -61,7 +62,8 @@ class Report:
     traffic: tuple[Traffic, ...]
     estimate: step_time.Estimate | None
     hot: tuple[step_time.Hot, ...]
-    advice: tuple[str, ...]
+    advice: tuple[Suggestion, ...]
+    steps: int | None
     warnings: tuple[str, ...]
     seconds: dict[str, float]
     versions: dict[str, str]
@@ -80,6 +82,9 @@ class Report:
             e = self.estimate
             estimate = {
                 **dataclasses.asdict(e),
+                "run_seconds": [self.steps * s for s in (e.low, e.point, e.high)]
+                if self.steps
+                else None,
                 "examples_per_second": [
                     self.batch / s if s else 0.0 for s in (e.high, e.point, e.low)
                 ],
@@ -121,7 +126,7 @@ class Report:
             "collectives": [dataclasses.asdict(c) for c in self.traffic],
             "estimate": estimate,
             "hot": [dataclasses.asdict(h) for h in self.hot],
-            "advice": list(self.advice),
+            "advice": [dataclasses.asdict(a) for a in self.advice],
             "warnings": list(self.warnings),
             "seconds": self.seconds,
             "versions": self.versions,
@@ -167,12 +172,13 @@ def make_report(
                     f"an MFU of {estimate.mfu[1]:.0%} is not plausible; do not rely on the time"
                 )
     warnings += _remarks(experiment, topology, compiled, kernels, what)
-    execution = getattr(experiment.system, "execution", None)
+    warnings += _crossing(traffic, estimate)
+    sizes = {k: int(v) for k, v in compiled.mesh.shape.items()}
     return Report(
         recipe=recipe,
         what=what,
         topology=topology,
-        mesh={k: int(v) for k, v in compiled.mesh.shape.items()},
+        mesh=sizes,
         split=compiled.split,
         batch=batch,
         memory=compiled.memory,
@@ -186,12 +192,9 @@ def make_report(
         advice=()
         if compiled.memory.fits
         else tuple(
-            memory.advice(
-                compiled.memory,
-                dict(compiled.mesh.shape),
-                getattr(execution or experiment.system, "remat", None),
-            )
+            suggestions(experiment, topology, sizes, compiled.memory, train=what == "train")
         ),
+        steps=experiment.steps if what == "train" else None,
         warnings=tuple(warnings),
         seconds=compiled.seconds,
         versions=versions(),
@@ -222,8 +225,29 @@ def _remarks(
                 f"{leaves - compiled.program.aliased} of {leaves} arrays of the state are copied "
                 "instead of updated in place"
             )
-    if topology.slices > 1 and compiled.mesh.shape["data"] % topology.slices == 0:
-        remarks.append("slices are joined along the mesh axis data")
+    if topology.slices > 1:
+        inside = compiled.mesh.shape["data"] // topology.slices
+        remarks.append(
+            f"{topology.slices} slices joined along the mesh axis data ({topology.slices} x "
+            f"{inside} of them in a slice); memory, FLOPs and collectives are those of a device"
+        )
+    return remarks
+
+
+def _crossing(traffic: tuple[Traffic, ...], estimate: step_time.Estimate | None) -> list[str]:
+    """What goes over the network between slices, where it is much or repeated."""
+    remarks = []
+    for row in (r for r in traffic if r.dcn):
+        share = f", {row.low / estimate.point:.0%} of the step" if estimate else ""
+        remarks.append(
+            f"{row.kind} between slices: {row.bytes / 2**20:,.1f} MiB per device and step over the "
+            f"network, {row.low * 1e3:.1f} ms if alone{share}"
+        )
+        if row.in_loops:
+            remarks.append(
+                f"{row.kind} between slices runs {row.in_loops} times inside loops ({row.source}): "
+                "fewer micro-batches, or a larger fsdp within a slice, send less"
+            )
     return remarks
 
 
@@ -401,6 +425,14 @@ def _estimate(r: Report) -> list[str]:
         f"  MFU {e.mfu[1]:.0%} ({e.mfu[0]:.0%} to {e.mfu[2]:.0%})",
         f"  examples/s {r.batch / e.point:,.0f} ({r.batch / e.high:,.0f} to "
         f"{r.batch / e.low:,.0f})",
+        *(
+            [
+                f"  {r.steps:,} steps {_hours(r.steps * e.point)} "
+                f"({_hours(r.steps * e.low)} to {_hours(r.steps * e.high)})"
+            ]
+            if r.steps
+            else []
+        ),
         "  most of the compute time (estimated cycles)",
     ]
     for h in r.hot[:5]:
@@ -409,6 +441,10 @@ def _estimate(r: Report) -> list[str]:
             f"  {h.seconds * 1e3:9.2f} ms  {h.times:>5} x {kind:12} {h.source}  {_short(h.origin)}"
         )
     return lines
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 360 else f"{seconds / 60:.1f} min"
 
 
 def _notes(r: Report) -> list[str]:

@@ -145,6 +145,14 @@ def parse(text: str, slices: int = 1) -> Topology:
     )
 
 
+def larger(topology: Topology) -> Topology | None:
+    """The next larger slice of the same chip; None when it is the largest that has a name."""
+    for shape in SHAPES[topology.chip.kind]:
+        if math.prod(shape) > math.prod(topology.shape):
+            return dataclasses.replace(topology, shape=shape)
+    return None
+
+
 def _sold(kind: str, shape: tuple[int, ...]) -> bool:
     if shape in SHAPES[kind]:
         return True
