@@ -6,11 +6,8 @@ stand-alone `index.html`, and returns what it counted.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import hashlib
-import html
-import json
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,10 +21,13 @@ from tqdm import tqdm
 from data_pipelines.batch import DataError, Pipeline
 from data_pipelines.image_text import ImageTextPipeline
 from data_pipelines.images import decode_rgb
+from data_pipelines.inspect_page import page
 from data_pipelines.protocols.drawing import BOX_COLORS, MUTED, Sheet, fit
 from data_pipelines.records import BadRecordError, ImageTextRecord
 from data_pipelines.sources.base import Source
 from data_pipelines.sources.record_codec import embed_image
+from data_pipelines.tryon.inspect import inspect_try_on
+from data_pipelines.tryon.pipeline import TryOnPipeline
 from data_pipelines.validation import CheckedRecord, check_record
 
 _CELL, _PICTURE, _COLUMNS, _LINES = 250, 234, 4, 8
@@ -62,9 +62,12 @@ def inspect_pipeline(
       DataError: a source cannot be opened or has no usable record.
       ValueError: the pipeline is of a kind that cannot be drawn.
     """
+    if isinstance(pipeline, TryOnPipeline):
+        return inspect_try_on(pipeline, out_dir, samples, scan)
     if not isinstance(pipeline, ImageTextPipeline):
         raise ValueError(
-            f"data inspect: expected an ImageTextPipeline, found {type(pipeline).__name__}"
+            "data inspect: expected an ImageTextPipeline or a TryOnPipeline, found "
+            f"{type(pipeline).__name__}"
         )
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -82,7 +85,8 @@ def inspect_pipeline(
         drawn += [(source, good[int(i)]) for i in picks]
     sheet = _contact_sheet(pipeline, drawn[:samples])
     (out_dir / "samples.png").write_bytes(sheet)
-    (out_dir / "index.html").write_text(_page(facts, sheet), "utf-8")
+    note = "Boxes in grey are beyond the slots of a batch."
+    (out_dir / "index.html").write_text(page(facts, sheet, note), "utf-8")
     facts["files"] = [str(out_dir / "samples.png"), str(out_dir / "index.html")]
     return facts
 
@@ -233,38 +237,3 @@ def _draw(
         if region.negatives:
             text += f" / not: {region.negatives[0]}"
         top += sheet.text(x, top, text, size=10, color=colors[i], width=_PICTURE, max_lines=1)
-
-
-def _page(facts: dict[str, Any], sheet: bytes) -> str:
-    picture = base64.b64encode(sheet).decode()
-    tables = "".join(
-        f"<h2>{html.escape(name)}</h2><table>{_rows(found)}</table>"
-        for name, found in facts["sources"].items()
-    )
-    style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:1040px;margin:2em auto;color:#1c2026}"
-        "td{padding:.2em 1em .2em 0;vertical-align:top}img{max-width:100%}"
-        "code{white-space:pre-wrap;font-size:13px}"
-    )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Data</title>'
-        f"<style>{style}</style><h1>The data as training sees it</h1>"
-        f'<img alt="samples with boxes" src="data:image/png;base64,{picture}">'
-        f"<p>Boxes in grey are beyond the slots of a batch.</p>{tables}</html>\n"
-    )
-
-
-def _rows(found: dict[str, Any]) -> str:
-    return "".join(
-        f"<tr><td>{html.escape(key.replace('_', ' '))}</td>"
-        f"<td><code>{html.escape(_show(value))}</code></td></tr>"
-        for key, value in found.items()
-    )
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, int | float):
-        return f"{value:,}"
-    if isinstance(value, dict):
-        return "\n".join(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in value.items())
-    return json.dumps(value, ensure_ascii=False)

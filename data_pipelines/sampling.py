@@ -28,7 +28,7 @@ import numpy as np
 from absl import flags
 
 from data_pipelines.batch import BatchInfo, DataError, HostBatch, Quarantined
-from data_pipelines.records import BadRecordError, ImageTextRecord
+from data_pipelines.records import BadRecordError
 from data_pipelines.sources.base import Source
 
 # Draws for one slot before the run stops; with every tenth record bad this never happens.
@@ -83,14 +83,17 @@ class Recipe(Generic[E]):
     Attributes:
       sources: read from. weights: shares, None in proportion to length.
       make: record and random stream to example; raises BadRecordError.
+      step_stream: `make` takes a third argument, a random stream of the step: the same draws for
+        every slot of a global batch, whatever process reads it.
       collate: examples of this process's batch to arrays, and what was cut.
     All of them must be picklable where worker processes are used.
     """
 
     sources: tuple[Source, ...]
     weights: tuple[float, ...] | None
-    make: Callable[[ImageTextRecord, np.random.Generator], Made[E]]
+    make: Callable[..., Made[E]]
     collate: Callable[[Sequence[E]], tuple[dict[str, np.ndarray], dict[str, int]]]
+    step_stream: bool = False
 
 
 def draw_order(
@@ -272,7 +275,8 @@ class _Slots:
 
     def __getitem__(self, index: int) -> _Slot:
         step, position = divmod(int(index), self._local)
-        slot = (self._start_step + step) * self._global_batch + self._offset + position
+        step += self._start_step
+        slot = step * self._global_batch + self._offset + position
         source_index, record_index = self.order[slot]
         source = self._recipe.sources[source_index]
         refill: np.random.Generator | None = None
@@ -282,8 +286,10 @@ class _Slots:
             try:
                 record = source[record_index]
                 record_id = record.id
-                rng = slot_generator("example", self._seed, slot)
-                made = self._recipe.make(record, rng)
+                streams = [slot_generator("example", self._seed, slot)]
+                if self._recipe.step_stream:
+                    streams.append(slot_generator("step", self._seed, step))
+                made = self._recipe.make(record, *streams)
             except BadRecordError as e:
                 known = source.record_id(record_index) if record_id is None else record_id
                 bad.append(Quarantined(source.name, known, e.reason, e.detail))

@@ -12,11 +12,12 @@ and compared, because the storage format itself lets a flipped bit through.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keeping
 from jaxmods.system import Params
 from train.exits import UserError
 from train.experiment import Checkpointing
+from train.peers import current, leads
 from train.state import Plan, TrainState, flatten, merge, unflatten
 
 LOG = logging.getLogger("train")
@@ -39,7 +41,9 @@ FROZEN_FOLDER = "frozen"
 _TENSORS = "params"
 _FACTS = "params.json"
 _SEPARATOR = "/"
-_INFO, _DIGESTS = "info", "digests"
+_INFO, _DIGESTS, _FORMAT = "info", "digests", "format"
+
+FORMAT = 1  # of what is written here; raised when an older reader would misunderstand it
 
 
 def to_flat(tree: Any) -> dict[str, Any]:
@@ -131,7 +135,8 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                **items, info=ocp.args.JsonSave({_INFO: info, _DIGESTS: digests(flat)})
+                **items,
+                info=ocp.args.JsonSave({_FORMAT: FORMAT, _INFO: info, _DIGESTS: digests(flat)}),
             ),
             metrics=metrics,
             force=True,
@@ -162,7 +167,8 @@ class Checkpoints:
 
     def _newest(self, read: Callable[[int, tuple[int, ...]], T]) -> T | None:
         skipped: list[int] = []
-        for step in reversed(self.steps()):
+        self.wait()
+        for step in _same_on_all(list(reversed(self.steps()))):
             try:
                 return read(step, tuple(skipped))
             except UserError:
@@ -189,11 +195,13 @@ class Checkpoints:
         if not steps:
             return
         self._manager.close()
-        for step in steps:
+        for step in steps if leads() else ():
             place = self._folder / f"unreadable-{step}"
             if place.exists():
                 shutil.rmtree(place)
             (self._folder / str(step)).rename(place)
+        if (peers := current()) is not None:
+            peers.wait()
         self._manager = self._open()
 
     def _restore_step(self, step: int, plan: Plan, skipped: tuple[int, ...]) -> Restored:
@@ -221,18 +229,89 @@ class Checkpoints:
         self, step: int, wanted: dict[str, dict[str, Any]]
     ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         """The JSON of a checkpoint and the wanted items, compared with their digests."""
-        info = self._manager.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore()))
-        stored = self._manager.item_metadata(step)
-        for item, flat in wanted.items():
-            _compare(flat, stored[item], f"checkpoint {step} of {self._folder}, {item}")
-        items = {item: ocp.args.StandardRestore(flat) for item, flat in wanted.items()}
-        read = self._manager.restore(step, args=ocp.args.Composite(**items))
+        with all_or_none(f"checkpoint {step}"):
+            folder = self._folder / str(step)
+            info = _read_item(ocp.JsonCheckpointHandler, folder / "info", ocp.args.JsonRestore())
+            found = info.get(_FORMAT, FORMAT)
+            if found > FORMAT:
+                raise UserError(
+                    f"checkpoint {step} of {self._folder} was written by a newer version of "
+                    f"jaxmods: expected format {FORMAT} or older, found {found}; update jaxmods, "
+                    "or give another --workdir"
+                )
+            read = {}
+            for item, flat in wanted.items():
+                _compare(
+                    flat, _stored(folder / item), f"checkpoint {step} of {self._folder}, {item}"
+                )
+                read[item] = _read_item(
+                    ocp.StandardCheckpointHandler, folder / item, ocp.args.StandardRestore(flat)
+                )
         for item in wanted:
-            _check_digests(read[item], info["info"][_DIGESTS][item])
-        return info["info"], {item: read[item] for item in wanted}
+            _check_digests(read[item], info[_DIGESTS][item])
+        return info, read
 
     def _read_frozen(self, target: TrainState) -> Params:
         return load_params(self._frozen, target.frozen) if target.frozen else {}
+
+
+def _same_on_all(steps: list[int]) -> list[int]:
+    """The list of process 0: others may see a shared folder as it was a moment ago."""
+    peers = current()
+    return steps if peers is None else json.loads(peers.share(json.dumps(steps)))
+
+
+@contextlib.contextmanager
+def all_or_none(what: str) -> Iterator[None]:
+    """The body ends well on all processes or on none: one that cannot read its part of a damaged
+    checkpoint must not leave the others waiting for it.
+
+    Raises:
+      DamagedError: where the body went well, but not on another process.
+    """
+    peers = current()
+    if peers is None:
+        yield
+        return
+    failure: Exception | None = None
+    try:
+        yield
+    except UserError:
+        raise  # ends the job, and is told to the others by itself
+    except Exception as error:  # whatever a damaged file raises
+        failure = error
+    trouble = peers.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    first = next(((i, text) for i, text in enumerate(trouble) if text is not None), None)
+    if first is not None:
+        raise DamagedError(f"{what} on process {peers.members[first[0]]}: {first[1]}")
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Reading without waiting for other processes, see `all_or_none`."""
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+
+
+def _read_item(
+    handler: Callable[..., Any], folder: Path, args: ocp.args.CheckpointArgs
+) -> dict[str, Any]:
+    """An item of a checkpoint."""
+    options = _alone()
+    with ocp.Checkpointer(
+        handler(multiprocessing_options=options), multiprocessing_options=options
+    ) as reader:
+        return reader.restore(folder, args=args)
+
+
+def _stored(folder: Path) -> Any:
+    """Names and shapes of an item of a checkpoint."""
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=_alone())
+    try:
+        return handler.metadata(folder)
+    finally:
+        handler.close()
 
 
 def _items(state: TrainState) -> dict[str, dict[str, Any]]:

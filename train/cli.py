@@ -11,8 +11,10 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
+from train import distributed
 from train.exits import ExitCode, UsageError, classify
 from train.preflight import command as preflight
 from train.runtime import settle_platform
@@ -40,10 +42,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not hasattr(options, "run"):
         parser.print_help()
         return ExitCode.USAGE
+    return run(options)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command `options.run`. Returns the exit code; a job of several processes that failed
+    does not return."""
     _log_to_stderr()
     warning = settle_platform()
     if warning:
         LOG.warning(warning)
+    code = _run(options)
+    if distributed.started():  # it failed, and so do the others
+        distributed.leave_at_once(code)
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
+    """The command's exit code; whatever it raises is said."""
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
@@ -136,6 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="continue although the recipe differs from the saved one in these paths",
     )
     command.add_argument("--no-report", action="store_true", help="do not write report.html")
+    _several_hosts(command)
 
     command = add(
         "eval",
@@ -158,6 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--out", metavar="DIR", help="write results there instead of the run folder"
     )
+    _several_hosts(command)
 
     command = add(
         "report",
@@ -263,6 +281,55 @@ def _recipe(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _several_hosts(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group(
+        "several hosts",
+        "TPU pods, GKE, Slurm and Open MPI are recognised: run the same command on every host. "
+        "Elsewhere give the first three (or the variables) on every host. See docs/multi_host.md.",
+    )
+    group.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help=f"where process 0 runs ({distributed.COORDINATOR})",
+    )
+    group.add_argument(
+        "--num-processes",
+        type=int,
+        metavar="N",
+        help=f"how many take part ({distributed.NUM_PROCESSES})",
+    )
+    group.add_argument(
+        "--process-id",
+        type=int,
+        metavar="I",
+        help=f"number of this one, from 0 ({distributed.PROCESS_ID})",
+    )
+    group.add_argument(
+        "--coordinator-port",
+        type=int,
+        metavar="PORT",
+        help=f"where none is named; default {distributed.DEFAULT_PORT} ({distributed.PORT})",
+    )
+    group.add_argument(
+        "--no-distributed",
+        action="store_true",
+        help=f"one process alone, whatever the surroundings ({distributed.OFF}=1)",
+    )
+
+
+def _job(options: argparse.Namespace) -> AbstractContextManager[None]:
+    """The command as one process of a job of several, where there are several."""
+    return distributed.job(
+        distributed.Wanted(
+            options.coordinator,
+            options.num_processes,
+            options.process_id,
+            options.coordinator_port,
+            options.no_distributed,
+        )
+    )
+
+
 # Each command imports what it needs when it runs.
 
 
@@ -279,29 +346,31 @@ def _describe(options: argparse.Namespace) -> int:
 
 
 def _fit(options: argparse.Namespace) -> int:
-    from train import commands
+    with _job(options):  # before anything can touch a device
+        from train import commands
 
-    return commands.fit_recipe(
-        options.recipe,
-        options.settings,
-        options.workdir,
-        allow_change=options.allow_change,
-        report=not options.no_report,
-        as_json=options.json,
-    )
+        return commands.fit_recipe(
+            options.recipe,
+            options.settings,
+            options.workdir,
+            allow_change=options.allow_change,
+            report=not options.no_report,
+            as_json=options.json,
+        )
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from train import commands
+    with _job(options):  # before anything can touch a device
+        from train import commands
 
-    return commands.evaluate_run(
-        options.recipe,
-        options.settings,
-        options.workdir,
-        protocols=options.protocol,
-        out=options.out,
-        as_json=options.json,
-    )
+        return commands.evaluate_run(
+            options.recipe,
+            options.settings,
+            options.workdir,
+            protocols=options.protocol,
+            out=options.out,
+            as_json=options.json,
+        )
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -58,8 +58,9 @@ def fit_recipe(
     report: bool,
     as_json: bool,
 ) -> int:
-    """Train; then write the report."""
+    """Train; then write the report. Process 0 of several speaks for all."""
     from train.loop import fit
+    from train.peers import leads
 
     recipe = recipes.resolve(name, settings)
     result = fit(
@@ -71,6 +72,8 @@ def fit_recipe(
     )
     if result.status == "preempted":
         return ExitCode.PREEMPTED
+    if not leads():
+        return ExitCode.OK
     page = _try_report(result.workdir) if report else None
     if as_json:
         summary = json.loads((result.workdir / "summary.json").read_text(encoding="utf-8"))
@@ -92,8 +95,11 @@ def evaluate_run(
     out: str | None,
     as_json: bool,
 ) -> int:
-    """Run protocols on the newest checkpoint of a run, or on a folder of parameters."""
+    """Run protocols on the newest checkpoint of a run, or on a folder of parameters. Process 0 of
+    several speaks for all."""
+    from train.agreement import check
     from train.evaluate import Evaluator, check_protocols, run_protocols
+    from train.peers import current, leads
     from train.runtime import use_compilation_cache
 
     recipe, plan = _recipe_and_plan(name, settings)
@@ -109,11 +115,18 @@ def evaluate_run(
     if not chosen:
         raise UserError(f"recipe {name} has no evaluation.protocols")
     use_compilation_cache()
+    if (peers := current()) is not None:
+        for line in check(peers, recipe):
+            LOG.info("%s", line)
     evaluator = Evaluator(plan)
     check_protocols(chosen, evaluator.names)
     params, step = _params_of(Path(workdir), recipe, plan)
     folder = Path(out or workdir)
-    results = run_protocols(evaluator, params, chosen, folder=folder, step=step, panels=True)
+    results = run_protocols(
+        evaluator, params, chosen, folder=folder if leads() else None, step=step, panels=True
+    )
+    if not leads():
+        return ExitCode.OK
     page = _try_report(folder) if (folder / RECIPE_FILE).exists() else None
     if as_json:
         from train.results import to_json

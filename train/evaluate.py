@@ -143,7 +143,11 @@ def run_protocols(
         results[protocol.name] = result
         if folder is not None:
             save_result(result, folder, step)
-        shown = "  ".join(_shown(n, m.value, m.chance) for n, m in result.metrics.items())
+        shown = "  ".join(
+            _shown(name, metric.value, metric.chance)
+            for name, metric in result.metrics.items()
+            if "/" not in name or len(result.metrics) <= LINE
+        )
         LOG.info(
             "%s: %s (%d records, %s)",
             protocol.name,
@@ -154,6 +158,9 @@ def run_protocols(
         for note in result.notes:
             LOG.info("%s: %s", protocol.name, note)
     return results
+
+
+LINE = 12  # of more metrics the log shows those that are not parts ("tail/mrr"); files hold all
 
 
 def _shown(name: str, value: float, chance: float | None) -> str:

@@ -6,15 +6,17 @@ the `Ledger` when the batch is *used*, so they belong to a step and continue exa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import logging
+import math
 import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,43 +32,68 @@ LOG = logging.getLogger("train")
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
-    """Which part of the global batch this process reads: part `index` of `count` equal ones."""
+class Shares:
+    """Which parts of the global batch this process reads: `indices`, of `count` equal ones.
 
-    index: int
+    One part where the rows of a process are one block, as with a single process, on GPUs, or where
+    the mesh follows the hosts. On a TPU torus they rarely are: a host of 2×2 chips holds two or
+    four separate blocks.
+    """
+
+    indices: tuple[int, ...]
     count: int
 
 
-def local_share(shardings: dict[str, NamedSharding], spec: dict[str, ArraySpec]) -> Share:
-    """The share that the devices of this process hold. Processes that hold the same rows (tensor
-    or context parallelism across hosts) read the same share.
+def local_shares(shardings: dict[str, NamedSharding], spec: dict[str, ArraySpec]) -> Shares:
+    """The shares that the devices of this process hold. Processes that hold the same rows (tensor
+    or context parallelism across hosts) read the same shares.
 
     Raises:
-      UserError: the rows of this process are not one block.
+      UserError: the arrays of a batch are split differently.
     """
-    shares = set()
-    for name, sharding in shardings.items():
-        rows = spec[name].shape[0]
-        spans = {
-            index[0].indices(rows)[:2]
-            for index in sharding.addressable_devices_indices_map(spec[name].shape).values()
-            if index is not None
-        }
-        start, stop = min(s for s, _ in spans), max(e for _, e in spans)
-        held = sum(e - s for s, e in spans)
-        if held != stop - start or rows % held or start % held:
-            raise UserError(
-                f"{name}: the devices of process {jax.process_index()} hold rows {sorted(spans)}, "
-                "which are not one block; order the mesh so that data and fsdp follow the hosts"
-            )
-        shares.add(Share(start // held, rows // held))
-    if len(shares) != 1:
-        raise UserError(f"arrays of one batch are split differently between hosts: {shares}")
-    return shares.pop()
+    found = {name: _shares_of(s, spec[name].shape) for name, s in shardings.items()}
+    if len(set(found.values())) != 1:
+        listing = ", ".join(f"{name} in {s.count}" for name, s in found.items())
+        raise UserError(
+            f"arrays of one batch are split differently between hosts ({listing}); choose "
+            "batch_size as a multiple of the devices along data and fsdp"
+        )
+    return next(iter(found.values()))
 
 
-def check_batch(batch: HostBatch, spec: dict[str, ArraySpec], share: Share) -> None:
-    """Compare a host batch with what the system expects.
+def _shares_of(sharding: NamedSharding, shape: tuple[int, ...]) -> Shares:
+    spans: dict[int, set[tuple[int, int]]] = {}
+    places: Mapping[Any, Any] = sharding.devices_indices_map(shape)
+    for device, index in places.items():
+        start, stop, _ = index[0].indices(shape[0])
+        spans.setdefault(device.process_index, set()).add((start, stop))
+    return divide(spans, shape[0], jax.process_index())
+
+
+def divide(spans: Mapping[int, Iterable[tuple[int, int]]], rows: int, process: int) -> Shares:
+    """The shares of `process` when each process holds its `spans` (start, stop) of `rows` rows.
+
+    The shares are as large as they can be with every block of every process made of whole ones.
+    """
+    blocks = {owner: _merged(sorted(mine)) for owner, mine in spans.items()}
+    size = math.gcd(rows, *(edge for of_one in blocks.values() for pair in of_one for edge in pair))
+    indices = (i for start, stop in blocks[process] for i in range(start // size, stop // size))
+    return Shares(tuple(indices), rows // size)
+
+
+def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted spans with those that touch made one."""
+    blocks = [spans[0]]
+    for start, stop in spans[1:]:
+        if start <= blocks[-1][1]:
+            blocks[-1] = (blocks[-1][0], max(stop, blocks[-1][1]))
+        else:
+            blocks.append((start, stop))
+    return blocks
+
+
+def check_batch(batch: HostBatch, spec: dict[str, ArraySpec], count: int) -> None:
+    """Compare a host batch, one of `count` equal shares, with what the system expects.
 
     Raises:
       UserError: a missing or unexpected array, a wrong shape or dtype; all that differ are named.
@@ -82,7 +109,7 @@ def check_batch(batch: HostBatch, spec: dict[str, ArraySpec], share: Share) -> N
             problems.append(f"{name}: not an array of this system's batch")
             continue
         want = spec[name]
-        shape = (want.shape[0] // share.count, *want.shape[1:])
+        shape = (want.shape[0] // count, *want.shape[1:])
         if array.shape != shape or array.dtype != np.dtype(want.struct().dtype):
             problems.append(
                 f"{name}: expected {want.dtype} {list(shape)}, "
@@ -94,12 +121,15 @@ def check_batch(batch: HostBatch, spec: dict[str, ArraySpec], share: Share) -> N
         )
 
 
+Story = tuple[tuple[int, BatchInfo], ...]  # what happened, by share
+
+
 @dataclasses.dataclass(frozen=True)
 class FedBatch:
-    """A batch on its devices with its story."""
+    """A batch on its devices. `story`: of the shares that this process read."""
 
     arrays: dict[str, jax.Array]
-    info: BatchInfo
+    story: Story
 
 
 class Feed:
@@ -122,16 +152,10 @@ class Feed:
     ) -> None:
         self.waited = 0.0
         self._spec, self._shardings = spec, shardings
-        self._share = local_share(shardings, spec)
+        self._shares = local_shares(shardings, spec)
         self._queue: queue.Queue[FedBatch | BaseException] = queue.Queue(depth)
         self._stop = threading.Event()
-        arguments = {
-            "global_batch": global_batch,
-            "seed": seed,
-            "process_index": self._share.index,
-            "process_count": self._share.count,
-            "start_step": start_step,
-        }
+        arguments = {"global_batch": global_batch, "seed": seed, "start_step": start_step}
         self._thread = threading.Thread(
             target=self._read, args=(pipeline, arguments), name="data-feed", daemon=True
         )
@@ -156,32 +180,46 @@ class Feed:
                 self._thread.join(0.05)
 
     def _read(self, pipeline: Pipeline, arguments: dict[str, Any]) -> None:
-        batches: Iterator[HostBatch] | None = None
+        readers: list[Iterator[HostBatch]] = []
+        indices, count = self._shares.indices, self._shares.count
         try:
-            batches = pipeline.batches(**arguments)
+            for index in indices:
+                reader = pipeline.batches(process_index=index, process_count=count, **arguments)
+                readers.append(reader)
             first = True
             while not self._stop.is_set():
-                batch = next(batches)
+                parts = [next(reader) for reader in readers]
                 if first:
-                    check_batch(batch, self._spec, self._share)
+                    for part in parts:
+                        check_batch(part, self._spec, count)
                     first = False
-                self._put(FedBatch(self._place(batch.arrays), batch.info))
+                story = tuple((i, part.info) for i, part in zip(indices, parts, strict=True))
+                self._put(FedBatch(self._place([part.arrays for part in parts]), story))
         except StopIteration:
             self._put(UserError("the data pipeline ended; a training pipeline must be endless"))
         except BaseException as error:  # handed to the loop, which raises it in its own thread
             self._put(error)
         finally:
-            close = getattr(batches, "close", None)
-            if close is not None:
-                close()
+            for reader in readers:
+                close = getattr(reader, "close", None)
+                if close is not None:
+                    close()
 
-    def _place(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        return {
-            name: jax.make_array_from_process_local_data(
-                self._shardings[name], array, self._spec[name].shape
-            )
-            for name, array in arrays.items()
-        }
+    def _place(self, parts: list[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
+        return {name: self._place_one(name, [part[name] for part in parts]) for name in self._spec}
+
+    def _place_one(self, name: str, parts: list[np.ndarray]) -> jax.Array:
+        """The global array of what this process holds of it: its shares, in ascending order."""
+        rows, size = self._spec[name].shape[0], len(parts[0])
+        held = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        places = {share: place * size for place, share in enumerate(self._shares.indices)}
+
+        def read(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(rows)
+            begin = places[start // size] + start % size  # a device's rows lie in one block
+            return held[(slice(begin, begin + stop - start), *index[1:])]
+
+        return jax.make_array_from_callback(self._spec[name].shape, self._shardings[name], read)
 
     def _put(self, item: FedBatch | BaseException) -> None:
         while not self._stop.is_set():
@@ -284,33 +322,37 @@ class Ledger:
         sync(self._file)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file. Every line was flushed before; a full disk was said then."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None
 
 
-def exchange(mine: list[tuple[int, BatchInfo]]) -> list[tuple[int, BatchInfo]]:
-    """The (step, info) of all processes, by step and then in the order of their rows.
+def exchange(mine: list[tuple[int, Story]]) -> list[tuple[int, Story]]:
+    """The (step, story) of all processes together, by step and then in the order of the rows.
 
-    A collective call where there are several processes; the argument where there is one.
+    A collective call where there are several processes; the argument where there is one. Shares
+    that several processes read are told once.
     """
     if jax.process_count() == 1:
         return mine
     from jax.experimental import multihost_utils
 
-    text = json.dumps([[step, dataclasses.asdict(info)] for step, info in mine]).encode()
+    text = json.dumps(
+        [[step, i, dataclasses.asdict(info)] for step, story in mine for i, info in story]
+    ).encode()
     sizes = np.asarray(multihost_utils.process_allgather(np.asarray(len(text), np.int32)))
     padded = np.zeros(int(sizes.max()), np.uint8)
     padded[: len(text)] = np.frombuffer(text, np.uint8)
     gathered = np.asarray(multihost_utils.process_allgather(padded))
-    entries = []
+    stories: dict[int, dict[int, BatchInfo]] = {}
     for row, size in zip(gathered, sizes, strict=True):
-        for step, facts in json.loads(row[: int(size)].tobytes()):
+        for step, index, facts in json.loads(row[: int(size)].tobytes()):
             facts["record_ids"] = tuple(facts["record_ids"])
             facts["quarantined"] = tuple(Quarantined(**q) for q in facts["quarantined"])
-            entries.append((step, BatchInfo(**facts)))
-    return sorted(entries, key=lambda entry: entry[0])  # stable: rows stay in order
+            stories.setdefault(step, {})[index] = BatchInfo(**facts)
+    return [(step, tuple(sorted(story.items()))) for step, story in sorted(stories.items())]
 
 
 def sync(file: Any) -> None:

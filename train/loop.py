@@ -5,6 +5,9 @@
     now and then          log line, evaluation, checkpoint
     whatever ends it      the state on disk is that of a finished step, and the exit code says why
 
+With several processes all of them run this in step; process 0 alone writes to the run folder (each
+has its own log there), and what ends one of them ends all (`train.peers`).
+
 Steps are dispatched one ahead: the metrics of step i are fetched while step i+1 runs. A step whose
 loss or gradient is not finite is refused on the device, and so is the one dispatched after it.
 """
@@ -22,10 +25,11 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from data_pipelines.batch import BatchInfo, DataError
+from data_pipelines.batch import DataError
 from data_pipelines.protocols.base import EvalResult
 from jaxmods.partitioning import make_mesh
 from jaxmods.system import Params
+from train.agreement import check, check_shared
 from train.canonical import canonical, recipe_hash
 from train.checkpoint import Checkpoints
 from train.evaluate import (
@@ -36,8 +40,9 @@ from train.evaluate import (
 )
 from train.exits import NonFiniteError, UserError
 from train.experiment import Experiment
-from train.feed import Feed, Ledger, exchange
+from train.feed import Feed, Ledger, Story, exchange
 from train.metrics import Console, Window, Writer, announced, duration
+from train.peers import current, guarded, leads, session
 from train.recipes import Recipe
 from train.results import write_json
 from train.runlog import announce, has_results, log_file, write_summary
@@ -45,7 +50,7 @@ from train.runtime import device_summary, peak_flops, use_compilation_cache, ver
 from train.state import Plan, TrainState, init_state, make_plan
 from train.step import Step, StepOutput, compile_step
 from train.watch import ChangeWatch, StopRequestedError, StopSignal
-from train.workdir import Lock, is_allowed, match_recipe
+from train.workdir import Lock, is_allowed, match_recipe, storage
 
 LOG = logging.getLogger("train")
 
@@ -73,7 +78,7 @@ class _Pending:
     """A dispatched step whose metrics have not been looked at."""
 
     index: int
-    info: BatchInfo
+    story: Story
     output: StepOutput
 
 
@@ -94,22 +99,34 @@ def fit(
       quiet: no progress bar.
 
     Raises:
-      UserError: the folder is in use or belongs to another recipe, or settings do not fit.
+      UserError: the folder is in use, belongs to another recipe or cannot be written, the hosts of
+        the job do not agree, or settings do not fit.
       NonFiniteError: NaN or infinity; the state before that step is saved.
       DataError: the data cannot be used; the state so far is saved.
+      PeerError: another process of the job was lost or failed.
     """
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
     use_compilation_cache()
     recipe = Recipe(name, tuple(overrides), experiment)
-    with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            stack.enter_context(Lock(workdir))
+    with session() as peers, contextlib.ExitStack() as stack, guarded(peers), storage(workdir):
+        stop = stack.enter_context(StopSignal(peers))
+        fingerprint = experiment.data.fingerprint()
+        hosts = [] if peers is None else check(peers, recipe, fingerprint)
+        lock = None
+        if leads():
+            lock = stack.enter_context(Lock(workdir))
+        if peers is not None:
+            check_shared(peers, workdir)
         stack.enter_context(log_file(workdir))
-        stop = stack.enter_context(StopSignal())
-        for line in match_recipe(workdir, recipe, allow_change, write=jax.process_index() == 0):
-            LOG.info("changed: %s", line)
-        return _Run(recipe, workdir, stop, allow_change, quiet, stack).train()
+        changes: list[str] = []
+        if leads():
+            changes = match_recipe(workdir, recipe, allow_change)
+        for line in [*hosts, *(f"changed: {line}" for line in changes)]:
+            LOG.info("%s", line)
+        if peers is not None:
+            peers.wait()  # whether this recipe may run here at all is for process 0 to say
+        run = _Run(recipe, workdir, stop, lock, fingerprint, allow_change, quiet, stack)
+        return run.train()
 
 
 class _Run:
@@ -120,6 +137,8 @@ class _Run:
         recipe: Recipe,
         workdir: Path,
         stop: StopSignal,
+        lock: Lock | None,
+        fingerprint: str,
         allow_change: Sequence[str],
         quiet: bool,
         stack: contextlib.ExitStack,
@@ -127,8 +146,8 @@ class _Run:
         """Args: as `fit`; `stack` closes what is opened here, whatever happens."""
         experiment = recipe.experiment
         self.recipe, self.experiment = recipe, experiment
-        self.workdir, self.stop, self.quiet = workdir, stop, quiet
-        self.writes = jax.process_index() == 0
+        self.workdir, self.stop, self.lock, self.quiet = workdir, stop, lock, quiet
+        self.writes, self.peers = leads(), current()
         self.hash = recipe_hash(canonical(experiment))
         if experiment.steps < 1 or experiment.logging.every < 1 or experiment.checkpoint.every < 1:
             raise UserError("steps, logging.every, checkpoint.every: expected 1 or more")
@@ -137,11 +156,11 @@ class _Run:
         except ValueError as error:
             raise UserError(str(error)) from error
         self.plan: Plan = make_plan(experiment, self.mesh)
-        self.evaluator = Evaluator(self.plan, stop.asked)
+        self.evaluator = Evaluator(self.plan, stop.agreed)
         check_protocols(experiment.evaluation.protocols, self.evaluator.names)
-        self.fingerprint = experiment.data.fingerprint()
+        self.fingerprint = fingerprint
         self.checkpoints = Checkpoints(workdir, experiment.checkpoint)
-        stack.callback(self.checkpoints.close)
+        stack.push(self._close_checkpoints)
         self.stack = stack
         self.feed: Feed | None = None
         self.console: Console | None = None
@@ -160,7 +179,7 @@ class _Run:
         )
         if self.writer is not None:
             stack.callback(self.writer.close)
-        self.unentered: list[tuple[int, BatchInfo]] = []
+        self.unentered: list[tuple[int, Story]] = []
         self.last: dict[str, float] = {}
         self.results: dict[str, EvalResult] = {}
         self.evaluated = -1  # step of `results`
@@ -209,6 +228,14 @@ class _Run:
         target = self.plan.abstract_sharded().params
         return read_params(self.experiment.system, Path(weights).expanduser(), like=target)
 
+    def _close_checkpoints(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self.checkpoints.close()
+        except Exception as second:  # a save that failed in the background, most often
+            if error is None:
+                raise
+            LOG.warning("while closing: %s", str(second).partition("\n")[0])
+
     # The loop
 
     def train(self) -> FitResult:
@@ -217,8 +244,8 @@ class _Run:
         announce(self.plan, self.recipe.name, self.hash)
         try:
             protocols = self.experiment.evaluation.protocols
-            if self._evaluation_due(self.start) and not has_results(
-                self.workdir, self.start, protocols
+            if self._evaluation_due(self.start) and not self._leader_says(
+                has_results(self.workdir, self.start, protocols)
             ):
                 self._evaluate(self.start)
             if self.start < total:
@@ -276,6 +303,7 @@ class _Run:
         self._restart_clock()
         pending: _Pending | None = None
         for index in range(self.start, total):
+            self._doing("at step %d, waiting for data", index)
             try:
                 batch = self.feed.take()
             except DataError:
@@ -284,12 +312,13 @@ class _Run:
                         self._settle(step, pending)
                     self._save()
                 raise
+            self._doing("at step %d", index)
             self.state, output = step.run(self.state, batch.arrays, np.asarray(index, np.int32))
             if pending is not None:
                 self._settle(step, pending)
-            pending = _Pending(index, batch.info, output)
+            pending = _Pending(index, batch.story, output)
             done = index + 1
-            stopping = self.stop.agreed(done)
+            stopping = self.stop.agreed()
             if not (stopping or self._boundary(done)):
                 continue
             self._settle(step, pending)
@@ -325,7 +354,7 @@ class _Run:
         metrics = step.metrics(scalars)
         if scalars[0] == 0.0:
             self._refuse(pending, metrics)
-        self.unentered.append((pending.index, pending.info))
+        self.unentered.append((pending.index, pending.story))
         self.window.add(metrics)
         self._steps_in_line += 1
         done = pending.index + 1
@@ -338,7 +367,8 @@ class _Run:
         """The step was not applied: save the state before it, name its records, stop."""
         self._save()
         self.checkpoints.wait()
-        ids = pending.info.record_ids
+        ((_, story),) = exchange([(pending.index, pending.story)])
+        ids = tuple(record for _, info in story for record in info.record_ids)
         bad = {k: v for k, v in metrics.items() if not np.isfinite(v)}
         if self.writes:
             write_json(
@@ -358,13 +388,19 @@ class _Run:
 
     # What happens now and then
 
+    def _doing(self, what: str, step: int) -> None:
+        if self.peers is not None:  # shown where others wait for this process
+            self.peers.doing = what % step
+
     def _enter(self) -> None:
         """Enter what all processes used since the last time. Called by all at the same steps."""
-        for index, info in exchange(self.unentered):
-            self.ledger.enter(info, index)
+        for index, story in exchange(self.unentered):
+            for _, info in story:
+                self.ledger.enter(info, index)
         self.unentered = []
 
     def _log(self, done: int) -> None:
+        self._check_folder()
         self._enter()
         now = time.perf_counter()
         busy = max(now - self._clock - self._paused, 1e-9)
@@ -404,7 +440,17 @@ class _Run:
             return evaluation.at_start
         return evaluation.every > 0 and done % evaluation.every == 0
 
+    def _leader_says(self, answer: bool) -> bool:
+        """The answer of process 0: others may see a shared folder as it was a moment ago."""
+        return answer if self.peers is None else bool(self.peers.share("yes" * answer))
+
+    def _check_folder(self) -> None:
+        """Files that are open can be written long after their folder has gone."""
+        if self.lock is not None:
+            self.lock.check()
+
     def _evaluate(self, step: int) -> None:
+        self._doing("evaluating step %d", step)
         self.results = run_protocols(
             self.evaluator,
             self.state.averaged,
@@ -420,6 +466,8 @@ class _Run:
 
     def _save(self) -> None:
         """Begin a checkpoint of the present state; all its steps are settled."""
+        self._check_folder()
+        self._doing("saving step %d", int(self.state.step))
         self._enter()
         if self.writer is not None:
             self.writer.flush()

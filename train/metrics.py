@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +86,12 @@ class Writer:
             self._board.flush()
 
     def close(self) -> None:
-        """Close the files."""
-        self._file.close()
+        """Close the files. Every line was flushed before; a full disk was said then."""
+        with suppress(OSError):
+            self._file.close()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()
 
 
 class Console:

@@ -214,7 +214,7 @@ def _group(name: str, results: Sequence[tuple[int, EvalResult]], columns: int) -
 def _metric_row(
     name: str, first: Metric | None, last: Metric, several: bool, published: bool
 ) -> str:
-    fraction = 0 <= last.value <= 1
+    fraction = last.fraction and 0 <= last.value <= 1
     shown = [f"<td>{escape(metric_label(name))}</td>"]
     if several:
         shown.append(number_cell("" if first is None else number(first.value, fraction)))
@@ -314,7 +314,7 @@ def _evaluation_curves(run: Run) -> dict[str, list[Curve]]:
     curves: dict[str, list[Curve]] = {}
     for (name, metric), values in found.items():
         if len(values) > 2:
-            fraction = all(0 <= m.value <= 1 for _, m in values)
+            fraction = all(m.fraction and 0 <= m.value <= 1 for _, m in values)
             points = [(s, m.value if math.isfinite(m.value) else None) for s, m in values]
             curve = Curve(metric_label(metric), points, values[-1][1].chance, fraction)
             curves.setdefault(name, []).append(curve)

@@ -6,9 +6,9 @@ Layout:
     eval/<step>/<protocol>/panels.json     [{"title", "caption", "file", "html"}, ...]
     eval/<step>/<protocol>/<n>.png
 
-A result holds `protocol, metrics {name: {value, chance, published}}, settings, records, seconds,
-counts, notes`. A value that is not finite is written as a string ("nan", "inf"), so that the file
-stays valid JSON for every reader.
+A result holds `protocol, metrics {name: {value, chance, published, fraction}}, settings, records,
+seconds, counts, notes`. A value that is not finite is written as a string ("nan", "inf"), so that
+the file stays valid JSON for every reader.
 """
 
 from __future__ import annotations
@@ -75,7 +75,12 @@ def from_json(value: Mapping[str, Any], panels: Sequence[Panel] = ()) -> EvalRes
         return None if x is None else float(x)
 
     metrics = {
-        name: Metric(float(m["value"]), number(m.get("chance")), number(m.get("published")))
+        name: Metric(
+            float(m["value"]),
+            number(m.get("chance")),
+            number(m.get("published")),
+            bool(m.get("fraction", True)),
+        )
         for name, m in value["metrics"].items()
     }
     return EvalResult(

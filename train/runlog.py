@@ -15,6 +15,7 @@ import numpy as np
 
 from data_pipelines.protocols.base import Protocol
 from jaxmods.system import Params
+from train.peers import number
 from train.results import write_json
 from train.runtime import device_summary, versions
 from train.state import Plan
@@ -22,14 +23,20 @@ from train.state import Plan
 LOG = logging.getLogger("train")
 
 
+class _LogFile(logging.FileHandler):
+    """A log on storage that may fill up or go away: what cannot be written is left out."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the base class's name
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 @contextlib.contextmanager
 def log_file(workdir: Path) -> Iterator[None]:
     """Everything that is logged also goes to `log.txt` (`log.<i>.txt` on other processes), and so
     does the traceback of whatever ends the run."""
-    process = jax.process_index()
-    handler = logging.FileHandler(
-        workdir / (f"log.{process}.txt" if process else "log.txt"), encoding="utf-8"
-    )
+    process = number()
+    handler = _LogFile(workdir / (f"log.{process}.txt" if process else "log.txt"), encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     LOG.setLevel(logging.INFO)
     LOG.addHandler(handler)
@@ -43,7 +50,8 @@ def log_file(workdir: Path) -> Iterator[None]:
         raise
     finally:
         LOG.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):
+            handler.close()
 
 
 def count(tree: Params) -> int:

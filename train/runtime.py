@@ -30,6 +30,27 @@ PEAK_FLOPS: dict[str, float] = {
 }
 
 
+# PCI numbers of Google and of its chips (v3 to tpu7x); other Google devices are network and disks.
+_GOOGLE = "0x1ae0"
+_TPUS = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
+
+
+def tpu_attached(pci: Path = Path("/sys/bus/pci/devices")) -> bool:
+    """Whether this machine has a TPU, by its device files or on its bus."""
+    if any(Path("/dev").glob("accel[0-9]*")):
+        return True
+    if any(Path("/dev/vfio").glob("[0-9]*")) and "TPU_NAME" in os.environ:
+        return True
+    for vendor in pci.glob("*/vendor"):
+        try:
+            numbers = [vendor.with_name(n).read_text().strip() for n in ("vendor", "device")]
+        except OSError:
+            continue
+        if numbers[0] == _GOOGLE and numbers[1] in _TPUS:
+            return True
+    return False
+
+
 def settle_platform() -> str | None:
     """Choose JAX's platform quietly when the environment leaves it open.
 
@@ -41,10 +62,7 @@ def settle_platform() -> str | None:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     if os.environ.get("JAX_PLATFORMS") or "jax" in sys.modules:
         return None
-    tpu_devices = any(Path("/dev").glob("accel[0-9]*")) or (
-        any(Path("/dev/vfio").glob("[0-9]*")) and "TPU_NAME" in os.environ
-    )
-    if tpu_devices:
+    if tpu_attached():
         if importlib.util.find_spec("libtpu"):
             return None
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -110,6 +128,15 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def code_version() -> str:
+    """Version of the package and a hash of its source: equal where the same code runs."""
+    root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for package in ("jaxmods", "train", "configs", "data_pipelines"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
+    return f"{versions().get('jaxmods', '(not installed)')} {digest.hexdigest()[:12]}"
 
 
 def device_summary() -> dict[str, Any]:

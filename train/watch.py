@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
-import jax
 import numpy as np
 
 from train.exits import UserError
 from train.optim import Group
+from train.peers import Peers
 
 LOG = logging.getLogger("train")
 
@@ -30,8 +30,10 @@ class StopSignal:
     A second signal acts as it would have without us. Installed only from the main thread.
     """
 
-    def __init__(self) -> None:
-        self.name: str | None = None
+    def __init__(self, peers: Peers | None = None) -> None:
+        """Args: peers: the other processes, which stop at the same step."""
+        self._peers = peers
+        self._name: str | None = None
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -43,17 +45,15 @@ class StopSignal:
     def __exit__(self, *error: object) -> None:
         self._restore()
 
-    def asked(self) -> bool:
-        """Whether this process was asked to stop."""
-        return self.name is not None
+    @property
+    def name(self) -> str | None:
+        """What asked to stop, and on which process where there are several; None for nothing."""
+        return self._peers.stop_reason if self._peers is not None else self._name
 
-    def agreed(self, step: int) -> bool:
-        """Whether all processes stop after `step`: the same answer everywhere."""
-        if jax.process_count() == 1:
-            return self.asked()
-        from jax.experimental import multihost_utils
-
-        return bool(multihost_utils.reached_preemption_sync_point(step))
+    def agreed(self) -> bool:
+        """Whether to stop here. With several processes all have to ask equally often, and all get
+        the same answer."""
+        return self._name is not None if self._peers is None else self._peers.stops_here()
 
     def _restore(self) -> None:
         for number, handler in self._old.items():
@@ -62,9 +62,11 @@ class StopSignal:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self.name = signal.Signals(number).name
+        self._name = signal.Signals(number).name
         self._restore()
-        LOG.warning("%s: saving after this step, then stopping", self.name)
+        if self._peers is not None:
+            self._peers.ask_to_stop(self._name)
+        LOG.warning("%s: saving after this step, then stopping", self._name)
 
 
 class ChangeWatch:

@@ -1,7 +1,9 @@
-"""A run folder: who may write in it, and whether it belongs to this recipe."""
+"""A run folder: who may write in it, whether it belongs to this recipe, what its storage says."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -10,7 +12,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,17 +32,20 @@ class Lock:
 
     The lock file is held with `flock`, which ends with the process however it ends; it names the
     holder's pid and host and is touched every 15 s, so that a job on another host that shares the
-    folder without sharing locks is recognised too.
+    folder without sharing locks is recognised too. Process 0 holds it for all processes of a job.
 
     Raises:
-      UserError: another job holds it.
+      UserError: another job holds it, or the folder cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "lock"
         self._stop = threading.Event()
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("a+", encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(storage_problem(error, folder) or f"{folder}: {error}") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -58,17 +63,40 @@ class Lock:
                 holder.get("pid"),
                 holder.get("host"),
             )
-        self._write({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
+        self._mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+        self._write(self._mine)
         self._thread = threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True)
         self._thread.start()
+
+    def check(self) -> None:
+        """Make sure that the folder is still there and still ours.
+
+        Raises:
+          UserError: it has vanished, or another job has taken it.
+        """
+        folder = self._path.parent
+        try:
+            holder = json.loads(self._path.read_text(encoding="utf-8") or "{}")
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{folder}: the run folder has vanished (deleted, renamed, or its storage is no "
+                "longer mounted); bring it back and run the same command again"
+            ) from error
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(
+                f"{folder}: the run folder cannot be read any more ({error})"
+            ) from error
+        if holder != self._mine:
+            raise UserError(self._refusal(holder))
 
     def release(self) -> None:
         """Give the folder back."""
         if not self._stop.is_set():
             self._stop.set()
             self._thread.join()
-            self._write(None)
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk, or a folder that has gone
+                self._write(None)
+                self._file.close()
 
     def __enter__(self) -> Lock:
         return self
@@ -104,7 +132,77 @@ class Lock:
 
     def _beat(self) -> None:
         while not self._stop.wait(_HEARTBEAT):
-            os.utime(self._path)
+            with contextlib.suppress(OSError):  # `check` says so, in the main thread
+                os.utime(self._path)
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+_GONE = {errno.ENOENT, errno.ESTALE, errno.ENODEV, errno.EIO, errno.ENOTCONN}
+_WORDS = {  # of libraries that write in C++ and raise types of their own
+    "no space left": errno.ENOSPC,
+    "disk quota exceeded": errno.EDQUOT,
+    "read-only file system": errno.EROFS,
+    "permission denied": errno.EACCES,
+    "stale file handle": errno.ESTALE,
+}
+
+
+@contextlib.contextmanager
+def storage(folder: Path) -> Iterator[None]:
+    """Says in one sentence what is wrong with the storage under `folder`.
+
+    Raises:
+      UserError: in place of an error of that storage.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # libraries wrap the system's errors in many types
+        problem = storage_problem(error, folder)
+        if problem is None:
+            raise
+        raise UserError(problem) from error
+
+
+def storage_problem(error: BaseException, folder: Path) -> str | None:
+    """The storage under `folder` as the cause of `error`, in one sentence; None when it is not."""
+    code = _storage_code(error, folder)
+    if code in _FULL:
+        place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        free = shutil.disk_usage(place).free / 2**20
+        return (
+            f"{folder}: no space left ({free:,.0f} MiB free, or a quota is used up). The last "
+            "complete checkpoint is untouched; make room, or keep fewer (checkpoint.keep), and run "
+            "the same command again"
+        )
+    if code in _CLOSED:
+        return f"{folder}: cannot be written ({os.strerror(code)}); give a --workdir that can be"
+    if code in _GONE and (code != errno.ENOENT or not folder.exists()):
+        return (
+            f"{folder}: its storage has gone or does not answer ({os.strerror(code)}); bring it "
+            "back and run the same command again"
+        )
+    return None
+
+
+def _storage_code(error: BaseException, folder: Path) -> int:
+    """The system's number of what is wrong with the storage under `folder`, 0 for nothing."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        if isinstance(cause, OSError) and cause.errno:
+            name = cause.filename
+            if name is None or Path(os.fsdecode(name)).absolute().is_relative_to(folder.absolute()):
+                return cause.errno
+        elif str(folder) in str(cause):
+            for words, code in _WORDS.items():
+                if words in str(cause).lower():
+                    return code
+        cause = cause.__cause__ or cause.__context__
+    return 0
 
 
 def match_recipe(

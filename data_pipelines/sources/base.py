@@ -13,14 +13,16 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from data_pipelines.records import ImageTextRecord
 
+R_co = TypeVar("R_co", covariant=True)
+
 
 @dataclasses.dataclass(frozen=True)
-class Source(abc.ABC):
-    """Random access to records, in a fixed order.
+class Source(abc.ABC, Generic[R_co]):
+    """Random access to records (of one type), in a fixed order.
 
     Subclasses keep everything derived (indexes, open readers) in `functools.cached_property`, so
     equality, `dataclasses.replace` and pickling see the description only.
@@ -36,7 +38,7 @@ class Source(abc.ABC):
         """Number of records. Raises DataError when the source cannot be opened."""
 
     @abc.abstractmethod
-    def __getitem__(self, index: int) -> ImageTextRecord:
+    def __getitem__(self, index: int) -> R_co:
         """Record `index` (0 <= index < len). Raises BadRecordError when it cannot be used."""
 
     @abc.abstractmethod

@@ -17,6 +17,7 @@ import pytest
 
 from jaxmods.partitioning import MeshShape, make_mesh
 from tests.train.toy import Regression, regression
+from train import checkpoint
 from train.checkpoint import (
     Checkpoints,
     digests,
@@ -144,6 +145,24 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> Non
     more = dataclasses.replace(regression(), system=Regression(idle=True))
     with pytest.raises(UserError, match="missing idle/scale"):
         checkpoints.restore(plan_on(1, more))
+    checkpoints.close()
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_on(1)
+    state = at_step(init_state(plan), 2)
+    checkpoints = Checkpoints(tmp_path, POLICY)
+    checkpoints.begin(state)
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    checkpoints.save(state, {})
+    checkpoints.wait()
+    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    with pytest.raises(
+        UserError, match=r"checkpoint 2 .* newer version.*expected format 1 or older, found 2"
+    ):
+        checkpoints.restore(plan)
     checkpoints.close()
 
 

@@ -13,7 +13,7 @@ from data_pipelines.batch import BatchInfo, DataError, HostBatch, Quarantined
 from jaxmods.partitioning import MeshShape, make_mesh, sharding_for
 from tests.train.toy import Numbers, Regression
 from train.exits import UserError
-from train.feed import Feed, Ledger, Share, check_batch, keep_lines, local_share
+from train.feed import Feed, Ledger, Shares, check_batch, divide, keep_lines, local_shares
 
 SPEC = Regression().batch_spec(8)
 
@@ -24,12 +24,17 @@ def open_feed(pipeline: Numbers, start: int = 0) -> Feed:
     return Feed(pipeline, SPEC, shardings, global_batch=8, seed=3, start_step=start)
 
 
+def records(feed: Feed) -> tuple[str, ...]:
+    """Records of the next batch."""
+    return tuple(record for _, info in feed.take().story for record in info.record_ids)
+
+
 def test_batches_are_those_of_their_step() -> None:
     first = open_feed(Numbers())
-    ids = [first.take().info.record_ids for _ in range(4)]
+    ids = [records(first) for _ in range(4)]
     first.close()
     later = open_feed(Numbers(), start=2)
-    assert [later.take().info.record_ids for _ in range(2)] == ids[2:]
+    assert [records(later) for _ in range(2)] == ids[2:]
     later.close()
     assert later.waited > 0
 
@@ -44,7 +49,7 @@ def test_first_batch_is_checked_before_any_step() -> None:
 def test_all_that_differs_is_named() -> None:
     arrays = {"xs": np.zeros((8, 8), np.float32), "y": np.zeros((8, 3), np.float32)}
     with pytest.raises(UserError) as caught:
-        check_batch(HostBatch(arrays, BatchInfo()), SPEC, Share(0, 1))
+        check_batch(HostBatch(arrays, BatchInfo()), SPEC, 1)
     message = str(caught.value)
     assert "x: missing (found 'xs': is that it?)" in message
     assert "y: expected float32 [8, 4], found float32 [8, 3]" in message
@@ -62,7 +67,37 @@ def test_errors_of_the_pipeline_arrive_in_the_loop() -> None:
 def test_one_process_reads_everything_whatever_the_mesh() -> None:
     mesh = make_mesh(MeshShape(data=2, fsdp=2, tensor=2))
     shardings = {k: sharding_for(s.shape, s.axes, mesh) for k, s in SPEC.items()}
-    assert local_share(shardings, SPEC) == Share(0, 1)
+    assert local_shares(shardings, SPEC) == Shares((0,), 1)
+
+
+def spans(*rows: int) -> list[tuple[int, int]]:
+    """Devices that hold four rows each, by their place along the batch."""
+    return [(4 * row, 4 * row + 4) for row in rows]
+
+
+def test_shares_follow_the_blocks_of_a_host() -> None:
+    alone = {0: spans(0, 1, 2, 3)}
+    assert divide(alone, 16, 0) == Shares((0,), 1)
+    in_order = {0: spans(0, 1), 1: spans(2, 3)}
+    assert divide(in_order, 16, 1) == Shares((1,), 2)
+    # Hosts of 2 x 2 chips on a torus of 4 x 4, as the TPU runtime numbers them: data=4, fsdp=4.
+    torus = {
+        0: spans(0, 1, 4, 5),
+        1: spans(2, 3, 6, 7),
+        2: spans(8, 9, 12, 13),
+        3: spans(10, 11, 14, 15),
+    }
+    shares = [divide(torus, 64, host) for host in range(4)]
+    assert shares[0] == Shares((0, 2), 8)
+    assert sorted(i for s in shares for i in s.indices) == list(range(8))
+    # The same with data=16, where the path through the torus turns back.
+    path = {0: spans(0, 1, 6, 15), 1: spans(*range(2, 6)), 2: spans(*range(7, 15))}
+    assert divide(path, 64, 0) == Shares((0, 1, 6, 15), 16)
+    # Two hosts that hold the same rows (tensor parallelism between them) read the same.
+    both = {0: spans(0), 1: spans(0), 2: spans(1), 3: spans(1)}
+    assert [divide(both, 8, host) for host in range(4)] == [
+        Shares((0,), 2), Shares((0,), 2), Shares((1,), 2), Shares((1,), 2)
+    ]  # fmt: skip
 
 
 def bad(n: int, reason: str = "truncated_image") -> Quarantined:

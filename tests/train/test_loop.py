@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from data_pipelines.batch import DataError
@@ -27,7 +30,7 @@ from train.overrides import apply_overrides
 QUICK = dataclasses.replace(
     regression(), evaluation=Evaluation(), logging=Logging(every=4, tensorboard=False)
 )
-TIMES = {"examples_per_second", "data_wait"}
+TIMES = {"examples_per_second", "data_wait", "mfu", "peak_memory_gib"}
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -44,12 +47,17 @@ def same(a: FitResult, b: FitResult) -> None:
 
 def terminate_when(path: Path, step: int) -> threading.Thread:
     """A thread that sends this process SIGTERM once a log line of `step` is written."""
+    return act_when(path, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def act_when(path: Path, step: int, act: Callable[[], Any]) -> threading.Thread:
+    """A thread that acts once a log line of `step` is written."""
 
     def watch() -> None:
         deadline = time.time() + 60
         while time.time() < deadline:
             if path.exists() and f'"step": {step},' in path.read_text():
-                os.kill(os.getpid(), signal.SIGTERM)
+                act()
                 return
             time.sleep(0.01)
 
@@ -128,6 +136,37 @@ def test_sigterm_saves_and_the_same_call_continues_bit_for_bit(
     assert lines(tmp_path) == lines(whole.workdir)
     for name in ("counters.json", "quarantine.jsonl"):
         assert (tmp_path / name).read_text() == (whole.workdir / name).read_text()
+
+
+def test_a_folder_that_vanishes_ends_the_run(tmp_path: Path) -> None:
+    folder, gone = tmp_path / "run", tmp_path / "gone"
+    slow = apply_overrides(QUICK, ["data.pause=0.1"])
+    mover = act_when(folder / "metrics.jsonl", 4, lambda: folder.rename(gone))
+    with pytest.raises(UserError, match="run: the run folder has vanished"):
+        fit(slow, folder)
+    mover.join()
+    assert not folder.exists()  # nothing was begun anew in its place
+    gone.rename(folder)
+    assert fit(slow, folder).status == "finished"
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = ocp.JsonCheckpointHandler._save_fn
+
+    async def full(self: Any, value: Any, directory: Any) -> None:
+        if value["info"]["next_step"] > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        await written(self, value, directory)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.JsonCheckpointHandler, "_save_fn", full)
+        with pytest.raises(UserError, match=r"no space left \(.* last complete checkpoint"):
+            fit(QUICK, tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()] == ["5"]
+    assert fit(QUICK, tmp_path).status == "finished"
+    assert "continuing from step 5" in (tmp_path / "log.txt").read_text()
 
 
 def test_nan_stops_with_the_records_and_a_clean_state(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 
 from train.exits import UserError
 from train.recipes import Recipe, resolve
-from train.workdir import Lock, match_recipe
+from train.workdir import Lock, match_recipe, storage, storage_problem
 
 NAME = "tests.train.toy:regression"
 
@@ -41,6 +43,65 @@ def test_lock_of_another_host_counts_while_it_shows_life(tmp_path: Path) -> None
     os.utime(path, (0, 0))
     with Lock(tmp_path):
         pass
+
+
+def test_a_folder_that_has_gone_or_was_taken_is_noticed(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    with Lock(folder) as lock:
+        lock.check()
+        folder.rename(elsewhere)
+        with pytest.raises(UserError, match="run: the run folder has vanished"):
+            lock.check()
+        elsewhere.rename(folder)
+        (folder / "lock").write_text(json.dumps({"pid": 5, "host": "elsewhere"}))
+        with pytest.raises(UserError, match="in use by process 5 on elsewhere"):
+            lock.check()
+    with Lock(folder) as lock:
+        shutil.rmtree(folder)  # leaving goes well
+        folder.mkdir()
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/run: cannot be written \(Not a directory\)"):
+        Lock(tmp_path / "file/run")
+    with pytest.raises(UserError, match=r"/proc/nowhere/run: "):
+        Lock(Path("/proc/nowhere/run"))
+
+
+def wrapped(cause: Exception) -> Exception:
+    """As libraries do it."""
+    error = ValueError("could not save")
+    error.__cause__ = cause
+    return error
+
+
+def test_errors_of_the_storage_are_one_sentence(tmp_path: Path) -> None:
+    inside = str(tmp_path / "checkpoints/5")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    in_cpp = ValueError(f'RESOURCE_EXHAUSTED: writing "{inside}": No space left on device')
+    for error in (full, wrapped(full), in_cpp, wrapped(in_cpp)):
+        text = storage_problem(error, tmp_path)
+        assert text is not None
+        assert "no space left" in text
+        assert "MiB free" in text
+    shut = storage_problem(OSError(errno.EROFS, "Read-only file system", inside), tmp_path)
+    assert shut is not None
+    assert shut.startswith(f"{tmp_path}: cannot be written (Read-only file system); give")
+    stale = storage_problem(OSError(errno.ESTALE, "Stale file handle", inside), tmp_path)
+    assert stale is not None
+    assert "has gone or does not answer" in stale
+    for other in (
+        OSError(errno.EACCES, "Permission denied", "/data/picture.jpg"),  # the data's, not ours
+        FileNotFoundError(errno.ENOENT, "No such file", inside),  # the folder itself is there
+        ValueError("No space left on device for this and that"),
+        KeyError("left"),
+    ):
+        assert storage_problem(other, tmp_path) is None
+        with pytest.raises(type(other)), storage(tmp_path):
+            raise other
+    with pytest.raises(UserError, match="no space left"), storage(tmp_path):
+        raise wrapped(full)
 
 
 def resolved(*settings: str) -> Recipe:

@@ -163,14 +163,15 @@ class Numbers(Pipeline):
     """Record n of `records` is drawn from a generator seeded with (seed, n); each epoch visits
     them in another order. Every `damaged`-th record cannot be used, the next one takes its place.
 
-    `poison` puts NaN into the batch of one step, `fail_at` ends the data there, `pause` makes
-    every batch take that many seconds.
+    `poison` puts NaN into the batch of one step, `fail_at` ends the data there (`fail_share`: only
+    for that share of the batch), `pause` makes every batch take that many seconds.
     """
 
     records: int = 64
     damaged: int = 0
     poison: int | None = None
     fail_at: int | None = None
+    fail_share: int | None = None
     pause: float = 0.0
     dtype: str = "float32"
 
@@ -191,7 +192,7 @@ class Numbers(Pipeline):
         step = start_step
         while True:
             time.sleep(self.pause)
-            if step == self.fail_at:
+            if step == self.fail_at and self.fail_share in (None, process_index):
                 raise DataError("2 of 3 records are damaged (allowed: 0.1)")
             yield self._batch(global_batch, seed, step, process_index, process_count)
             step += 1
