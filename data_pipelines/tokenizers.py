@@ -37,7 +37,7 @@ class Tokenizer(Protocol):
     """What pipelines and protocols need of a tokenizer."""
 
     @property
-    def bos_id(self) -> int: ...
+    def bos_id(self) -> int | None: ...  # None: sequences have no first token
     @property
     def eos_id(self) -> int: ...
     @property
@@ -53,7 +53,8 @@ class Tokenizer(Protocol):
 def encode(tokenizer: Tokenizer, text: str, length: int) -> tuple[np.ndarray, int]:
     """One text as int32 [length] (bos, tokens, eos, padding), and how many tokens were cut.
 
-    Too long a text keeps its first `length - 2` tokens; eos stays last.
+    Too long a text keeps its first tokens, as many as fit; eos stays last. bos is left out where
+    the tokenizer has none.
     """
     rows, cut = encode_rows(tokenizer, (text,), length)
     return rows[0], cut
@@ -62,15 +63,18 @@ def encode(tokenizer: Tokenizer, text: str, length: int) -> tuple[np.ndarray, in
 def encode_rows(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> tuple[np.ndarray, int]:
     """Texts as int32 [len(texts), length], and how many tokens were cut in all; see `encode`."""
     out = np.full((len(texts), length), tokenizer.pad_id, np.int32)
-    out[:, 0] = tokenizer.bos_id
-    eos, room, cut = tokenizer.eos_id, length - 2, 0
+    start = 0
+    if tokenizer.bos_id is not None:
+        out[:, 0] = tokenizer.bos_id
+        start = 1
+    eos, room, cut = tokenizer.eos_id, length - 1 - start, 0
     for row, text in zip(out, texts, strict=True):
         ids = tokenizer.tokens(text)
         if len(ids) > room:
             cut += len(ids) - room
             ids = ids[:room]
-        row[1 : len(ids) + 1] = ids
-        row[len(ids) + 1] = eos
+        row[start : start + len(ids)] = ids
+        row[start + len(ids)] = eos
     return out, cut
 
 

@@ -15,7 +15,8 @@ dense features of FG-CLIP. The parts give the same numbers as the whole.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 from jaxmods.nn.attention import Implementation, attention
 from jaxmods.nn.layers import LayerNorm, Linear, boxed, quick_gelu
 from jaxmods.nn.positions import resize_grid
-from jaxmods.nn.stack import Remat, run, stacked_init
+from jaxmods.nn.stack import Execution, run, stacked_param
 from jaxmods.partitioning import constrain
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -59,7 +60,10 @@ class TextConfig:
       context_short: rows of the position table (CLIP: 77).
       context_long: rows of each long table. keep: leading rows of a long text that come from the
         first of the two tables.
-      bos_id, eos_id, pad_id: special tokens. Pooling takes the first eos.
+      bos_id, eos_id, pad_id: special tokens.
+      pool: the token whose state is the pooled output: the first "eos", or the first one with the
+        "highest" id. transformers takes the latter where the `config.json` still says eos 2, as
+        that of FLUX's text encoder does. Equal as long as eos is the last id of the vocabulary.
     """
 
     width: int = 512
@@ -73,21 +77,60 @@ class TextConfig:
     bos_id: int = 49406
     eos_id: int = 49407
     pad_id: int = 49407
+    pool: Literal["eos", "highest"] = "eos"
+
+    @classmethod
+    def from_hub_config(cls, config: Mapping[str, Any]) -> TextConfig:
+        """Sizes from the `config.json` of a transformers CLIPTextModel.
+
+        Raises:
+          ValueError: an option that this tower does not have.
+        """
+        for key, expected in (("hidden_act", "quick_gelu"), ("layer_norm_eps", 1e-5)):
+            if config.get(key, expected) != expected:
+                raise ValueError(
+                    f"CLIP text config.json: {key}: expected {expected!r}, found {config[key]!r}; "
+                    "this tower has no other"
+                )
+        vocabulary = config.get("vocab_size", 49408)
+        old = config.get("eos_token_id", 49407) == _OLD_EOS
+        return cls(
+            width=config.get("hidden_size", 512),
+            layers=config.get("num_hidden_layers", 12),
+            heads=config.get("num_attention_heads", 8),
+            mlp=config.get("intermediate_size", 2048),
+            vocab_size=vocabulary,
+            context_short=config.get("max_position_embeddings", 77),
+            bos_id=vocabulary - 2 if old else config.get("bos_token_id", 49406),
+            eos_id=vocabulary - 1 if old else config.get("eos_token_id", 49407),
+            pad_id=vocabulary - 1 if old else config.get("pad_token_id", 49407),
+            pool="highest" if old else "eos",
+        )
+
+    def hub_config(self) -> dict[str, Any]:
+        """The `config.json` of a transformers CLIPTextModel of these sizes."""
+        old = self.pool == "highest"
+        return {
+            "architectures": ["CLIPTextModel"],
+            "model_type": "clip_text_model",
+            "attention_dropout": 0.0,
+            "bos_token_id": 0 if old else self.bos_id,
+            "eos_token_id": _OLD_EOS if old else self.eos_id,
+            "hidden_act": "quick_gelu",
+            "hidden_size": self.width,
+            "intermediate_size": self.mlp,
+            "layer_norm_eps": 1e-5,
+            "max_position_embeddings": self.context_short,
+            "num_attention_heads": self.heads,
+            "num_hidden_layers": self.layers,
+            "pad_token_id": 1 if old else self.pad_id,
+            "vocab_size": self.vocab_size,
+        }
 
 
-@dataclasses.dataclass(frozen=True)
-class Execution:
-    """How the towers run; none of it changes a result beyond rounding.
-
-    Attributes:
-      remat: what the backward pass recomputes ("none", "full", "dots").
-      unroll: write every block out instead of scanning over them.
-      attention: implementation, see `jaxmods.nn.attention`.
-    """
-
-    remat: Remat = "none"
-    unroll: bool = False
-    attention: Implementation = "auto"
+# The text encoder of FLUX.1 and of Stable Diffusion 1: that of CLIP L/14.
+TEXT_L = TextConfig(width=768, heads=12, mlp=3072, pool="highest")
+_OLD_EOS = 2  # what OpenAI's files say, whatever the vocabulary
 
 
 class Block(nn.Module):
@@ -186,11 +229,8 @@ class _Blocks(nn.Module):
         if self.layers > 1:
             template = self.block.clone(parent=None)
             sample = jnp.zeros((1, 1, template.width))
-            self.rest = self.param(
-                "blocks",
-                lambda rng: stacked_init(
-                    lambda key: template.init(key, sample)["params"], rng, self.layers - 1
-                ),
+            self.rest = stacked_param(
+                self, "blocks", lambda rng: template.init(rng, sample)["params"], self.layers - 1
             )
 
     def before_last(self, x_BTD: jax.Array) -> jax.Array:
@@ -199,8 +239,12 @@ class _Blocks(nn.Module):
         if self.rest is None:
             return x_BTD
         template = self.block.clone(parent=None)
+
+        def block(params: Any, x: jax.Array) -> Any:
+            return template.apply({"params": params}, x)
+
         return run(
-            lambda params, x: template.apply({"params": params}, x),
+            block,
             self.rest,
             x_BTD,
             policy=self.execution.remat,
@@ -333,8 +377,12 @@ class TextTower(nn.Module):
         return self.encoder.before_last(x)
 
     def pooled(self, trunk: jax.Array, ids: jax.Array) -> jax.Array:
-        """Normed token at the first eos (or the first token, if there is none): -> [B, D]."""
-        end = jnp.argmax(ids == self.config.eos_id, axis=1)
+        """Normed token at the first eos (or the first token, if there is none): -> [B, D].
+
+        With `pool="highest"`, at the first token of the highest id instead.
+        """
+        highest = self.config.pool == "highest"
+        end = jnp.argmax(ids if highest else ids == self.config.eos_id, axis=1)
         at = jnp.arange(ids.shape[1])[None, :] == end[:, None]
         return self.final_norm(self.encoder.last.one(trunk, at))
 

@@ -1,6 +1,8 @@
-"""Resizing of learned position tables."""
+"""Features of scalars, and resizing of learned position tables."""
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -45,3 +47,25 @@ def resize_grid(grid: jax.Array, size: tuple[int, int]) -> jax.Array:
         grid.astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
     )
+
+
+def sinusoid(values: jax.Array, width: int, max_period: float = 10000.0) -> jax.Array:
+    """Cosines and sines of `values` at falling frequencies, cosines first (Ho et al. 2020, arXiv
+    2006.11239; diffusers' `Timesteps(flip_sin_to_cos=True, downscale_freq_shift=0)`).
+
+    Frequency k of K = width / 2 is exp(-ln(max_period) k / K). Values reach 1000 and more, so that
+    one unit in the last place of a frequency shows in the fourth digit of the result: frequencies
+    are a constant of the program, with the exponent rounded to float32 as in the reference.
+
+    Args:
+      values: [B], taken as float32.
+      width: even.
+
+    Returns:
+      float32 [B, width].
+    """
+    half = width // 2
+    exponent = np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32)
+    frequencies = np.exp((exponent / np.float32(half)).astype(np.float64)).astype(np.float32)
+    angles = values.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

@@ -9,21 +9,41 @@ the models here (the last block of CLIP's towers).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jaxmods.nn.attention import Implementation
 
 Remat = Literal["none", "full", "dots"]
+Carry = TypeVar("Carry")
 
 _POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a stack of blocks runs; none of it changes a result beyond rounding.
+
+    Attributes:
+      remat: what the backward pass recomputes ("none", "full", "dots").
+      unroll: write every block out instead of scanning over them.
+      attention: implementation, see `jaxmods.nn.attention`.
+    """
+
+    remat: Remat = "none"
+    unroll: bool = False
+    attention: Implementation = "auto"
 
 
 def stacked_init(init: Callable[[jax.Array], Any], rng: jax.Array, layers: int) -> Any:
@@ -40,6 +60,26 @@ def stacked_init(init: Callable[[jax.Array], Any], rng: jax.Array, layers: int) 
     )
 
 
+def stacked_param(
+    module: nn.Module, name: str, init: Callable[[jax.Array], Any], layers: int
+) -> Any:
+    """The stacked parameters of `layers` blocks, held by `module` under `name`.
+
+    Unlike `Module.param`, which compares the leaves of a given tree with those of a fresh one, this
+    takes what is there, so that adapters may sit beside kernels (`jaxmods.nn.lora`).
+
+    Args:
+      module: the owner, within its `setup` or a compact method.
+      init: `(rng) -> tree of boxed parameters` of one block.
+
+    Returns:
+      Tree of arrays with a leading layer axis.
+    """
+    if module.has_variable("params", name) and not module.is_initializing():
+        return nn.meta.unbox(module.get_variable("params", name))
+    return module.param(name, lambda rng: stacked_init(init, rng, layers))
+
+
 def remat(fn: Callable[..., Any], policy: Remat) -> Callable[..., Any]:
     """`fn` with its activations recomputed in the backward pass: "none", "full", or "dots"
     (products with weights are kept, the rest is recomputed)."""
@@ -49,19 +89,19 @@ def remat(fn: Callable[..., Any], policy: Remat) -> Callable[..., Any]:
 
 
 def run(
-    block: Callable[[Any, jax.Array], Any],
+    block: Callable[[Any, Carry], Carry],
     params: Any,
-    x: jax.Array,
+    x: Carry,
     *,
     policy: Remat = "none",
     unroll: bool = False,
-) -> jax.Array:
+) -> Carry:
     """x after all blocks.
 
     Args:
       block: `(parameters of one block, x) -> x`.
       params: tree of arrays with a leading layer axis.
-      x: activations.
+      x: activations, one array or a tree of them.
       policy: what the backward pass recomputes.
       unroll: write every layer out instead of scanning.
     """
@@ -85,8 +125,14 @@ def _unstack_forward(layers: int, params: Any) -> tuple[tuple[Any, ...], None]:
 
 
 def _unstack_backward(layers: int, residual: None, grads: tuple[Any, ...]) -> tuple[Any]:
-    del layers, residual
-    return (jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads),)
+    del residual
+
+    def joined(*leaves: Any) -> Any:
+        if leaves[0].dtype == jax.dtypes.float0:  # whole numbers have no gradient
+            return np.zeros((layers, *leaves[0].shape), jax.dtypes.float0)
+        return jnp.stack(leaves)
+
+    return (jax.tree.map(joined, *grads),)
 
 
 _unstack.defvjp(_unstack_forward, _unstack_backward)

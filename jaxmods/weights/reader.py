@@ -51,6 +51,11 @@ TORCH_STEMS = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
+# What says that a folder holds several models, one per sub-folder (a diffusers pipeline).
+PIPELINE = "model_index.json"
+# Classes that are written without a prefix which published files have, and that prefix.
+_PREFIXES = {"CLIPTextModel": "text_model."}
+
 
 @dataclasses.dataclass(frozen=True)
 class WeightReader:
@@ -59,10 +64,12 @@ class WeightReader:
     Attributes:
       source: the file or folder, for messages.
       tensors: a `Lazy` (shape, dtype, `read`) by PyTorch key.
+      metadata: texts of the header of a single safetensors file, empty for other sources.
     """
 
     source: str
     tensors: Mapping[str, Lazy]
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __enter__(self) -> WeightReader:
         return self
@@ -84,11 +91,16 @@ def memory_reader(arrays: Mapping[str, np.ndarray], source: str = "memory") -> W
 def open_weights(path: str | Path) -> WeightReader:
     """Opens a weight file, an index, or a folder that holds one of them.
 
+    A folder with `model_index.json` is a pipeline of several models, one per sub-folder: its keys
+    are `<sub-folder>.<key>`.
+
     Raises:
       WeightError: nothing found, several candidates, or a damaged file or index.
       ImportError: a `.bin`/`.pt` file without PyTorch installed.
     """
     path = Path(path)
+    if (path / PIPELINE).is_file():
+        return _open_pipeline(path)
     if path.is_dir():
         path = _find(path)
     if not path.exists():
@@ -96,13 +108,37 @@ def open_weights(path: str | Path) -> WeightReader:
     if path.name.endswith(INDEX_SUFFIX):
         return _open_index(path)
     if path.suffix == ".safetensors":
-        return WeightReader(str(path), _open_safetensors(path))
+        return WeightReader(str(path), _open_safetensors(path), safetensors_metadata(path))
     if path.suffix in TORCH_SUFFIXES:
         return WeightReader(str(path), _open_torch(path))
     raise WeightError(
         f"{path}: expected a name that ends in .safetensors, {INDEX_SUFFIX} or "
         f"{', '.join(TORCH_SUFFIXES)}, found {path.suffix or 'no suffix'}"
     )
+
+
+def _open_pipeline(folder: Path) -> WeightReader:
+    """All sub-folders that hold weights, as one set of tensors."""
+    classes = _json((folder / PIPELINE).read_bytes(), str(folder / PIPELINE))
+    tensors: dict[str, Lazy] = {}
+    for part in sorted(p for p in folder.iterdir() if p.is_dir() and _holds_weights(p)):
+        found = open_weights(part).tensors
+        kind = classes.get(part.name) if isinstance(classes, dict) else None
+        published = _PREFIXES.get(kind[1], "") if isinstance(kind, list) and len(kind) == 2 else ""
+        if any(key.startswith(published) for key in found):
+            published = ""
+        tensors.update({f"{part.name}.{published}{key}": value for key, value in found.items()})
+    if not tensors:
+        raise WeightError(
+            f"{folder}: expected sub-folders with weights beside {PIPELINE}, found none; fetch the "
+            "whole pipeline"
+        )
+    return WeightReader(str(folder), tensors)
+
+
+def _holds_weights(folder: Path) -> bool:
+    suffixes = (INDEX_SUFFIX, ".safetensors", *TORCH_SUFFIXES)
+    return any(file.name.endswith(suffixes) for file in folder.iterdir())
 
 
 def _find(folder: Path) -> Path:
@@ -160,6 +196,31 @@ def _open_index(path: Path) -> WeightReader:
 
 
 def _open_safetensors(path: Path) -> dict[str, Lazy]:
+    header, length = _header(path)
+    header.pop("__metadata__", None)
+    layout = {key: _entry(path, key, value) for key, value in header.items()}
+    _check_layout(path, layout, path.stat().st_size - 8 - length)
+    mapping = _Mapping(path, 8 + length)
+    return {
+        key: Lazy(shape, dtype, mapping.reader(begin, end, dtype, shape), key)
+        for key, (shape, dtype, begin, end) in layout.items()
+    }
+
+
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """The texts that a safetensors file carries in its header besides the tensors.
+
+    Raises:
+      WeightError: the header is damaged, or holds something else than texts there.
+    """
+    found = _header(path)[0].get("__metadata__", {})
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise WeightError(f"{path}: bad header, expected texts by name under __metadata__")
+    return found
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file and its length in bytes."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(64)
@@ -182,14 +243,7 @@ def _open_safetensors(path: Path) -> dict[str, Lazy]:
         header = _json(file.read(length), str(path))
     if not isinstance(header, dict):
         raise WeightError(f"{path}: bad header, expected a JSON object; fetch the file again")
-    header.pop("__metadata__", None)
-    layout = {key: _entry(path, key, value) for key, value in header.items()}
-    _check_layout(path, layout, size - 8 - length)
-    mapping = _Mapping(path, 8 + length)
-    return {
-        key: Lazy(shape, dtype, mapping.reader(begin, end, dtype, shape), key)
-        for key, (shape, dtype, begin, end) in layout.items()
-    }
+    return header, length
 
 
 _Layout = tuple[tuple[int, ...], np.dtype, int, int]

@@ -229,6 +229,34 @@ class Squeeze(_PerTensor):
 
 
 @dataclasses.dataclass(frozen=True)
+class Reorder(_PerTensor):
+    """Equal parts along `axis` in another order: part `n` of JAX is part `order[n]` of PyTorch."""
+
+    axis: int
+    order: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if sorted(self.order) != list(range(len(self.order))):
+            raise ValueError(f"Reorder: expected an order of 0..n-1, found {self.order}")
+
+    def torch_shape(self, shape: Shape) -> Shape:
+        _part_shapes(self, shape, _axis(self, self.axis, len(shape)), None, len(self.order))
+        return shape
+
+    def forward(self, tensor: Lazy, shape: Shape) -> Lazy:
+        del shape
+        return self._moved(tensor, self.order)
+
+    def inverse(self, array: Lazy) -> Lazy:
+        return self._moved(array, tuple(int(i) for i in np.argsort(self.order)))
+
+    def _moved(self, array: Lazy, order: tuple[int, ...]) -> Lazy:
+        axis = _axis(self, self.axis, len(array.shape))
+        parts = _cut(array, axis, _part_shapes(self, array.shape, axis, None, len(order)))
+        return lazy.concatenate([parts[n] for n in order], axis)
+
+
+@dataclasses.dataclass(frozen=True)
 class Cast(_PerTensor):
     """Another dtype on each side, checked to be lossless (int64 tables held as int32)."""
 

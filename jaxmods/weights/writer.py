@@ -92,15 +92,20 @@ def file_order(tensors: Mapping[str, Lazy]) -> list[str]:
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, Lazy], advance: Callable[[int], None] | None = None
+    path: Path,
+    tensors: Mapping[str, Lazy],
+    advance: Callable[[int], None] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """One safetensors file. Wide dtypes come first, so that every tensor is aligned.
+
+    `metadata` are further texts for the header.
 
     Raises:
       WeightError: a dtype that the format does not know.
     """
     order = file_order(tensors)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for key in order:
         tensor = tensors[key]

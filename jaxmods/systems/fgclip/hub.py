@@ -94,7 +94,7 @@ def sizes(config: Mapping[str, Any]) -> tuple[VisionConfig, TextConfig, int]:
                 )
     vocabulary, rows = text["vocab_size"], text["max_position_embeddings"]
     keep = text.get("keep_len", 20)
-    special = {
+    special: dict[str, Any] = {
         "bos_id": text.get("bos_token_id", vocabulary - 2),
         "eos_id": text.get("eos_token_id", vocabulary - 1),
         "pad_id": text.get("pad_token_id", vocabulary - 1),
