@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job on embedded data, from nothing: installs into .venv, trains fgclip/tiny on the scene
 # world, evaluates it on unseen scenes, writes report.html, exports to a PyTorch folder.
-#   bash demo.sh [WORKDIR]     (default runs/demo; a run found there is continued)
+#   bash demo.sh [WORKDIR [OPTIONS OF fit]]    (default runs/demo; a run found there is continued)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -11,7 +11,7 @@ bash setup.sh
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 jaxmods=.venv/bin/jaxmods
 
-"$jaxmods" fit fgclip/tiny --workdir "$workdir"
+"$jaxmods" fit fgclip/tiny --workdir "$workdir" "${@:2}"
 "$jaxmods" export fgclip/tiny --from "$workdir" --to "$workdir/pytorch" --verify --overwrite
 "$jaxmods" report "$workdir"
 
