@@ -493,3 +493,9 @@ def test_one_map_for_base_and_adapters(base: Params) -> None:
         lora.entries(FUSED, base, lora.chosen(base, config.targets))
     with pytest.raises(WeightError, match="no kernels at a/kernel in this map"):
         lora.entries(APART, base, ("a/kernel",))
+
+
+def test_headers_hold_texts_only(base: Params, tmp_path: Path) -> None:
+    file = write(tmp_path / "x", "x.safetensors", good(), {"r": 2})
+    with pytest.raises(WeightError, match="expected texts by name under __metadata__"):
+        lora.load(file, base, [APART])
