@@ -63,7 +63,10 @@ def image_size(image: ImageLike) -> tuple[int, int]:
 
 
 def decode_rgb(
-    image: ImageLike, limits: ImageLimits = ImageLimits(), draft_size: int | None = None
+    image: ImageLike,
+    limits: ImageLimits = ImageLimits(),
+    draft_size: int | None = None,
+    background: tuple[int, int, int] | None = None,
 ) -> Image.Image:
     """Decode to a PIL picture of mode RGB.
 
@@ -76,13 +79,14 @@ def decode_rgb(
       limits: see `ImageLimits`.
       draft_size: let libjpeg decode JPEG at a reduced scale not below this size. Faster for large
         pictures, but the pixels differ slightly from a full decode, so never the default.
+      background: RGB colour that pictures with alpha are put on, instead of dropping alpha.
 
     Raises:
       BadRecordError: missing_file, undecodable_image, truncated_image, image_too_small,
         image_too_large, malformed_record (array of another type or shape).
     """
     if isinstance(image, np.ndarray):
-        return _from_array(image, limits)
+        return _from_array(image, limits, background)
     encoded = image_bytes(image)
     picture = _open(io.BytesIO(encoded))
     _check_size(picture.size, limits)
@@ -90,7 +94,7 @@ def decode_rgb(
         if draft_size is not None:
             picture.draft("RGB", (draft_size, draft_size))
         picture.load()
-        return _to_rgb(picture)
+        return _to_rgb(picture if background is None else _on(picture, background))
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, zlib.error, struct.error) as e:
         text = str(e) or type(e).__name__
         cut = isinstance(e, EOFError) or "truncated" in text.lower() or "end of" in text.lower()
@@ -173,6 +177,15 @@ def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
         )
 
 
+def _on(picture: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """A picture with alpha over a colour; others as they are."""
+    if not picture.has_transparency_data:
+        return picture
+    canvas = Image.new("RGBA", picture.size, (*background, 255))
+    canvas.alpha_composite(picture.convert("RGBA"))
+    return canvas
+
+
 def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "RGB":
         return picture
@@ -187,7 +200,9 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _from_array(image: np.ndarray, limits: ImageLimits) -> Image.Image:
+def _from_array(
+    image: np.ndarray, limits: ImageLimits, background: tuple[int, int, int] | None = None
+) -> Image.Image:
     shape = image.shape
     channels = shape[2] if image.ndim == 3 else 1
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or channels not in (1, 3, 4):
@@ -198,4 +213,6 @@ def _from_array(image: np.ndarray, limits: ImageLimits) -> Image.Image:
     _check_size((shape[1], shape[0]), limits)
     if channels == 1:
         return Image.fromarray(image.reshape(shape[:2])).convert("RGB")
+    if channels == 4 and background is not None:
+        return _on(Image.fromarray(np.ascontiguousarray(image)), background).convert("RGB")
     return Image.fromarray(np.ascontiguousarray(image[..., :3]))

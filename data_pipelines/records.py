@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -59,12 +59,51 @@ class ImageTextRecord:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+GarmentCategory: TypeAlias = Literal["upper", "lower", "dresses"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TryOnRecord:
+    """A person, a garment, and the person wearing it.
+
+    Attributes:
+      id: unique within the source, stable between runs; results are written under this name.
+      garment: the flat garment.
+      target: the person wearing the garment; where `paired` is False the person's own photo, in
+        other clothes than `garment`. None for own pictures without a ground truth.
+      person: the same person in other clothes (a generated picture in the published data).
+      agnostic: the target with the garment region masked; one picture or variants of it.
+      agnostic_shares: how often training draws each variant; empty for equally often.
+      references: other people wearing the garment; none, one or several views.
+      mask: the masked region, white on black. dense: DensePose picture of the target.
+      category: kind of garment, where the source has kinds.
+      paired: whether `target` wears `garment`.
+      prompt: text of the record; the published recipes use one constant prompt instead.
+      extra: what a particular evaluation needs besides; never required.
+    """
+
+    id: str
+    garment: ImageLike
+    target: ImageLike | None = None
+    person: ImageLike | None = None
+    agnostic: tuple[ImageLike, ...] = ()
+    agnostic_shares: tuple[float, ...] = ()
+    references: tuple[ImageLike, ...] = ()
+    mask: ImageLike | None = None
+    dense: ImageLike | None = None
+    category: GarmentCategory | None = None
+    paired: bool = True
+    prompt: str = ""
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
 class BadRecordError(ValueError):
     """A record that cannot be used. `reason` is a short stable slug, counted per run.
 
     Known reasons: missing_file, truncated_image, undecodable_image, image_too_small,
     image_too_large, invalid_utf8, empty_caption, caption_too_long, box_nan, box_inverted,
-    box_empty, box_outside, malformed_record.
+    box_empty, box_outside, malformed_record; of try-on records also missing_target,
+    missing_person, missing_agnostic, misaligned_pictures, mask_not_binary, mask_empty.
     """
 
     def __init__(self, reason: str, detail: str) -> None:

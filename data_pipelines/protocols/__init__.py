@@ -13,6 +13,8 @@ from data_pipelines.protocols.classes import SourceBoxClassification, SourceClas
 from data_pipelines.protocols.negatives import SourceHardNegatives
 from data_pipelines.protocols.published import PROTOCOLS, PublishedProtocol
 from data_pipelines.protocols.regions import RegionRetrieval
+from data_pipelines.protocols.try_on import TryOn
+from data_pipelines.protocols.try_on_folders import TryOnFolders
 
 __all__ = [
     "PROTOCOLS",
@@ -28,4 +30,6 @@ __all__ = [
     "SourceClassification",
     "SourceHardNegatives",
     "SourceRetrieval",
+    "TryOn",
+    "TryOnFolders",
 ]

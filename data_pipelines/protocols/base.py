@@ -47,11 +47,13 @@ class Metric:
       value: a fraction 0..1 unless the name says otherwise.
       chance: what guessing gives; None where that is not defined.
       published: the paper's figure for this size, for comparison; None when there is none.
+      fraction: whether it is a share of something, shown in percent; a distance is not.
     """
 
     value: float
     chance: float | None = None
     published: float | None = None
+    fraction: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,13 +3,14 @@
 * `retrieval_grid`: a caption and the five pictures nearest to it;
 * `region_sheet`: boxes with the phrase the model finds best and the true one;
 * `heat_sheet`: where in the picture a phrase is (cosine of dense features and phrase);
-* `hard_negative_table`: a box with its phrase among altered ones.
+* `hard_negative_table`: a box with its phrase among altered ones;
+* `try_on_sheet`: a person, a garment, and the person in it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -275,4 +276,29 @@ def hard_negative_table(rows: Sequence[HardRow], most: int = 6) -> bytes:
             sheet.text(
                 bar_at + bar_width + 10, top + 1, f"{row.scores[i]:.3g}", size=10.5, color=MUTED
             )
+    return sheet.png()
+
+
+def try_on_sheet(rows: Sequence[Mapping[str, np.ndarray | None]]) -> bytes:
+    """One record a row, one kind of picture a column: uint8 [H, W, 3] by title. Columns come in the
+    order of the first row; a picture that is None leaves its place empty, and a column without any
+    picture is left out."""
+    titles = [t for t in rows[0] if any(row.get(t) is not None for row in rows)]
+    gap, head = 10.0, 24.0
+    width = min(170.0, (WIDTH - 2 * _PAD + gap) / len(titles) - gap)
+    ratio = max(p.shape[0] / p.shape[1] for row in rows for p in row.values() if p is not None)
+    height = width * ratio
+    sheet = Sheet(
+        2 * _PAD + len(titles) * (width + gap) - gap, _PAD + head + len(rows) * (height + gap)
+    )
+    for column, title in enumerate(titles):
+        x = _PAD + column * (width + gap)
+        sheet.text(x, _PAD - 4, title, size=11, color=MUTED)
+        for n, row in enumerate(rows):
+            pixels = row.get(title)
+            if pixels is None:
+                continue
+            picture = Image.fromarray(pixels)
+            w, h = drawing.fit(picture, width, height)
+            sheet.picture(x, _PAD + head + n * (height + gap) - 6, w, h, picture)
     return sheet.png()

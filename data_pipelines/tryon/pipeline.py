@@ -1,0 +1,325 @@
+"""Batches for virtual try-on (RefTON): arrays, conditions that are drawn, and what sampling takes.
+
+Everything that a system and its evaluation rely on stands here.
+
+Legend: B records, H, W picture size, h, w = int(H // cond_scale), int(W // cond_scale).
+
+Training batch (`TryOnPipeline.batches`; pixels are 0..255, `x / 127.5 - 1` gives the official
+[-1, 1], rows top to bottom, RGB):
+
+  target         uint8 [B, H, W, 3]  the person wearing the garment: what is to be generated
+  subject        uint8 [B, H, W, 3]  label 1: the person in other clothes, or the agnostic photo
+                                     (garment region masked); which of them is drawn
+  garment        uint8 [B, H, W, 3]  label 2: the flat garment
+  mask           uint8 [B, h, w, 3]  label 3, with use_mask: the masked region (white), as RGB
+  use_mask       bool  [B]
+  dense          uint8 [B, h, w, 3]  label 4, with use_dense: DensePose picture
+  use_dense      bool  [B]
+  reference      uint8 [B, h, w, 3]  label 5, with use_reference: somebody else in the garment
+  use_reference  bool  [B]
+
+`mask`, `dense`, `reference` and their flags are in the batch exactly when the pipeline's
+probability for them (`mask_prob`, `dense_prob`, `reference_prob`) is above 0, so shapes are static;
+where a flag is False the picture is zeros and its tokens have to take no part. With
+`draws="step"` (default) a flag is the same for the whole global batch, except that it is False for
+a record that has no such picture. Position labels and index scales (`labels 3..5: cond_scale`,
+others 1) are the system's. Texts are not in the batch: the official code encodes one constant
+prompt (empty) and uses it for every record.
+
+Draws (spec section 3; official `process_latent_cond`): u0 < person_prob takes the person, else the
+agnostic photo; then three numbers, mask, dense and reference are *included* where the number is
+below the probability. The official flag `--dropout_reference` is such an inclusion probability, for
+all three at once. There it is drawn per process and micro-batch, here per global step, from a
+stream of (seed, step), so every host draws the same. Which agnostic variant and which of several
+references is drawn per record. No flips, no crops, no colour jitter: the official transforms only
+resize to the size asked for (bilinear, antialiased, aspect ratio not kept).
+
+Sampling (`data_pipelines.protocols.try_on.TryOn`) calls one of these functions of the system:
+
+  sample(params, subject, garment, key)                        -> picture
+  sample_reference(params, subject, garment, reference, key)   -> picture
+
+  subject, garment  uint8 [n, H, W, 3];  reference uint8 [n, h, w, 3]
+  key               uint32 [n, 2], one raw threefry key per row (`jax.random.wrap_key_data(key[i])`
+                    or `jax.random.normal(key[i], ...)` under vmap): the noise of a row depends on
+                    its own key only
+  picture           float32 [n, H, W, 3] in 0..1 (clamped by the system), or uint8
+
+Steps, guidance and the prompt are settings of the system.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from data_pipelines.batch import DataError, HostBatch, Pipeline
+from data_pipelines.images import ImageLimits
+from data_pipelines.records import BadRecordError, ImageLike, TryOnRecord
+from data_pipelines.sampling import Made, Reading, Recipe, Tolerance, host_batches
+from data_pipelines.sources.base import Mixture, digest
+from data_pipelines.tryon.draws import Conditions, Probabilities, draw_conditions
+from data_pipelines.tryon.source import Part, TryOnSource
+from data_pipelines.tryon.transforms import Frame
+from data_pipelines.tryon.validation import TryOnLimits, check_alignment, check_mask, check_shares
+
+# Optional conditions in the order of their position labels (3, 4, 5).
+OPTIONAL: tuple[Literal["mask", "dense", "reference"], ...] = ("mask", "dense", "reference")
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class TryOnPipeline(Pipeline):
+    """Training data for virtual try-on; the module's description says what a batch is.
+
+    Attributes:
+      source: one source of `TryOnRecord`s, or several with weights.
+      height, width, cond_scale, resize, alpha: see `transforms.Frame`.
+      person_prob: the subject is the person photo, else the agnostic one.
+      mask_prob, dense_prob, reference_prob: these are *included* with that probability. The
+        published command has 0.5 for all three; the released data holds references only.
+      draws: conditions are drawn once per global step, or for each record.
+      person_from_target: take the target where a record has no person photo. The official loaders
+        do so without a word where there is no `person/` folder; the model then sees the answer, so
+        here it has to be asked for.
+      multiple: H, W, h and w have to be multiples of it: autoencoder factor (8) times patch (2).
+      checks: what a usable record is. image_limits: what a usable picture is.
+      tolerance: how many unusable records a run accepts. reading: threads and worker processes.
+    """
+
+    source: TryOnSource | Mixture
+    height: int = 512
+    width: int = 384
+    cond_scale: float = 1.0
+    resize: Literal["stretch", "pad"] = "stretch"
+    alpha: Literal["drop", "white"] = "drop"
+    person_prob: float = 0.5
+    mask_prob: float = 0.0
+    dense_prob: float = 0.0
+    reference_prob: float = 0.5
+    draws: Literal["step", "record"] = "step"
+    person_from_target: bool = False
+    multiple: int = 16
+    checks: TryOnLimits = dataclasses.field(default_factory=TryOnLimits)
+    image_limits: ImageLimits = dataclasses.field(default_factory=ImageLimits)
+    tolerance: Tolerance = dataclasses.field(default_factory=Tolerance)
+    reading: Reading = dataclasses.field(default_factory=Reading)
+
+    def __post_init__(self) -> None:
+        given = self.source.sources if isinstance(self.source, Mixture) else (self.source,)
+        if len(self.sources) != len(given):
+            raise ValueError("data.source: expected sources of try-on records (TryOnSource)")
+        _ = self.probabilities
+        check_sizes(self.frame, self.multiple, "data")
+
+    @functools.cached_property
+    def frame(self) -> Frame:
+        """Sizes of the pictures."""
+        return Frame(
+            self.height, self.width, self.cond_scale, self.resize, self.alpha, self.image_limits
+        )
+
+    @functools.cached_property
+    def probabilities(self) -> Probabilities:
+        """Of the conditions."""
+        return Probabilities(self.person_prob, self.mask_prob, self.dense_prob, self.reference_prob)
+
+    @property
+    def sources(self) -> tuple[TryOnSource, ...]:
+        """The sources, one or several."""
+        found = self.source.sources if isinstance(self.source, Mixture) else (self.source,)
+        return tuple(s for s in found if isinstance(s, TryOnSource))
+
+    @property
+    def included(self) -> tuple[Literal["mask", "dense", "reference"], ...]:
+        """Optional conditions that batches have arrays for, in the order of their labels."""
+        return tuple(n for n in OPTIONAL if getattr(self.probabilities, n) > 0)
+
+    def batches(
+        self,
+        *,
+        global_batch: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        start_step: int = 0,
+    ) -> Iterator[HostBatch]:
+        """See `Pipeline.batches` and the module's description.
+
+        Raises:
+          DataError: also when a source has none of the pictures that a probability asks for.
+        """
+        self.check_sources()
+        weights = self.source.weights if isinstance(self.source, Mixture) else None
+        return host_batches(
+            Recipe(self.sources, weights, self.make, self.collate, step_stream=True),
+            global_batch=global_batch,
+            seed=seed,
+            process_index=process_index,
+            process_count=process_count,
+            start_step=start_step,
+            reading=self.reading,
+            tolerance=self.tolerance,
+        )
+
+    def check_sources(self) -> None:
+        """Raise DataError when a source lacks what training needs, naming where it was looked for
+        and the setting to change."""
+        offers = [s.offers() for s in self.sources]
+
+        def refuse(source: TryOnSource, part: Part, setting: str, advice: str) -> None:
+            raise DataError(
+                f"{source.name}: {setting} needs pictures of kind {part!r}, found none; looked "
+                f"for in {source.looked_for(part)}. {advice}"
+            )
+
+        for source, parts in zip(self.sources, offers, strict=True):
+            if "target" not in parts:
+                refuse(source, "target", "training", "Without them there is nothing to learn")
+            if self.person_prob > 0 and "person" not in parts and not self.person_from_target:
+                refuse(
+                    source,
+                    "person",
+                    f"data.person_prob={self.person_prob:g}",
+                    "Add them, set data.person_prob=0, or set data.person_from_target=True to "
+                    "show the model the target itself",
+                )
+            if self.person_prob < 1 and "agnostic" not in parts:
+                refuse(
+                    source,
+                    "agnostic",
+                    f"data.person_prob={self.person_prob:g}",
+                    "Add them, or set data.person_prob=1",
+                )
+        for name in self.included:
+            if not any(name in parts for parts in offers):
+                setting = f"data.{name}_prob={getattr(self, f'{name}_prob'):g}"
+                refuse(self.sources[0], name, setting, f"Add them, or set data.{name}_prob=0")
+
+    def make(
+        self, record: TryOnRecord, rng: np.random.Generator, step_rng: np.random.Generator
+    ) -> Made[Arrays]:
+        """One record to one row of the batch. Raises BadRecordError."""
+        drawn = draw_conditions(
+            (step_rng if self.draws == "step" else rng).random(4).tolist(), self.probabilities
+        )
+        return self.example(record, drawn, rng)
+
+    def example(
+        self, record: TryOnRecord, drawn: Conditions, rng: np.random.Generator
+    ) -> Made[Arrays]:
+        """The arrays of one record, without the batch dimension, for given conditions.
+
+        `rng` draws which variant of the agnostic photo and which reference is taken. `repaired`
+        counts optional pictures that were drawn and that the record lacks ("no_reference", ...).
+
+        Raises:
+          BadRecordError: also missing_target, missing_person, missing_agnostic.
+        """
+        check_shares(record)
+        if record.target is None:
+            raise BadRecordError("missing_target", "the record has no picture to learn from")
+        target = self.frame.decode(record.target)
+        row = {
+            "target": self.frame.full(target),
+            "garment": self.frame.full(self.frame.decode(record.garment)),
+        }
+        variant = _pick(len(record.agnostic), record.agnostic_shares, rng)
+        view = _pick(len(record.references), (), rng)
+        if drawn.person and record.person is None and self.person_from_target:
+            row["subject"] = row["target"]
+        else:
+            kind = "person" if drawn.person else "agnostic"
+            image = record.person if drawn.person else _at(record.agnostic, variant)
+            if image is None:
+                raise BadRecordError(f"missing_{kind}", f"the record has no {kind} photo")
+            subject = self.frame.decode(image)
+            if not drawn.person:
+                check_alignment(kind, subject, target, self.checks)
+            row["subject"] = self.frame.full(subject)
+        repaired: dict[str, int] = {}
+        h, w = self.frame.cond_size
+        options: dict[str, ImageLike | None] = {
+            "mask": record.mask,
+            "dense": record.dense,
+            "reference": _at(record.references, view),
+        }
+        for name in self.included:
+            image, wanted = options[name], bool(getattr(drawn, name))
+            if wanted and image is None:
+                repaired[f"no_{name}"] = 1
+            use = wanted and image is not None
+            row[f"use_{name}"] = np.array(use)
+            row[name] = np.zeros((h, w, 3), np.uint8)
+            if image is None or not wanted:
+                continue
+            picture = self.frame.decode(image)
+            if name == "reference":
+                row[name] = self.frame.reference(picture)
+                continue
+            check_alignment(name, picture, target, self.checks)
+            row[name] = self.frame.map(picture)
+            if name == "mask":
+                check_mask(row[name], self.checks)
+        return Made(row, repaired)
+
+    def collate(self, rows: Sequence[Arrays]) -> tuple[Arrays, dict[str, int]]:
+        """Rows to the arrays of a batch; nothing is cut."""
+        names = ("target", "subject", "garment", *(
+            n for name in self.included for n in (name, f"use_{name}")
+        ))  # fmt: skip
+        return {name: np.stack([row[name] for row in rows]) for name in names}, {}
+
+    def fingerprint(self) -> str:
+        settings = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in ("source", "tolerance", "reading")
+        }
+        weights = self.source.weights if isinstance(self.source, Mixture) else None
+        return digest([s.fingerprint() for s in self.sources], weights, repr(settings))
+
+    def describe(self) -> dict[str, Any]:
+        """Facts; a source that cannot be opened is described by its problem."""
+        facts: dict[str, Any] = {
+            "pictures": list(self.frame.size),
+            "conditions": list(self.frame.cond_size),
+            "probabilities": dataclasses.asdict(self.probabilities),
+        }
+        for source in self.sources:
+            try:
+                facts[f"source {source.name}"] = source.report()
+            except (DataError, OSError) as e:
+                facts[f"source {source.name}"] = {"problem": str(e)}
+        return facts
+
+
+def check_sizes(frame: Frame, multiple: int, where: str) -> None:
+    """Raise ValueError, with the next sizes that fit, unless all sides are multiples."""
+    for what, sides in (("picture", frame.size), ("condition", frame.cond_size)):
+        if any(side % multiple for side in sides):
+            good = [round(side / multiple) * multiple or multiple for side in sides]
+            h, w = good if what == "picture" else [round(side * frame.cond_scale) for side in good]
+            raise ValueError(
+                f"{where}: {what} size {sides[0]}x{sides[1]} (height {frame.height}, width "
+                f"{frame.width}, cond_scale {frame.cond_scale:g}): expected multiples of "
+                f"{multiple}; for example {where}.height={h} {where}.width={w}"
+            )
+
+
+def _pick(count: int, shares: Sequence[float], rng: np.random.Generator) -> int:
+    """Index of a variant, one number drawn in any case; without shares all are equally likely."""
+    u = float(rng.random())
+    if count == 0:
+        return 0
+    ends = np.cumsum(shares or [1.0] * count)
+    return min(int(np.searchsorted(ends, u * ends[-1], side="right")), count - 1)
+
+
+def _at(images: Sequence[ImageLike], index: int) -> ImageLike | None:
+    return images[index] if images else None

@@ -1,0 +1,1 @@
+"""RefTON: reference-assisted person-to-person virtual try-on (arXiv 2511.00956)."""

@@ -1,0 +1,222 @@
+"""RefTON's weights: the base from a diffusers folder, adapters in and out in the official format.
+
+    pytorch_lora_weights.safetensors       transformer.transformer_blocks.0.attn.to_q.lora_A.weight
+    header lora_adapter_metadata           transformer.r, transformer.lora_alpha, ...
+
+A file without that header is taken at scale 1, as diffusers does; `alpha` overrides what a file
+says.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxmods.nn import lora
+from jaxmods.partitioning import unbox
+from jaxmods.system import Params
+from jaxmods.systems.flux.weights import (
+    KONTEXT,
+    abstract_transformer,
+    base_map,
+    components,
+    published,
+    scheduler_config,
+)
+from jaxmods.weights import Drop, Entry, WeightError, WeightMap
+from jaxmods.weights.convert import Exported
+from jaxmods.weights.map import flatten
+from jaxmods.weights.pipeline import export_pipeline
+from jaxmods.weights.writer import Progress
+
+if TYPE_CHECKING:
+    from jaxmods.systems.refton.system import RefTon
+
+HUB_NAMES = ("qihoo360/RefVTON",)
+_PROMPT = ("prompt.states", "prompt.pooled")
+
+
+def refton_map(system: RefTon) -> WeightMap:
+    """The map of everything that `system` holds. Adapters may be missing from a file."""
+    config, base = system.lora_config, system.base
+    total = base_map(base)
+    if config is not None:
+        transformer = abstract_transformer(base.transformer)
+        total += WeightMap(lora.entries(published(base.transformer), transformer, config.targets))
+        # The map of the base has the transformer one level down, the adapters beside it.
+    if base.encoders is None:
+        total += WeightMap(
+            tuple(Entry(key, key.replace(".", "/"), optional=True) for key in _PROMPT)
+        )
+    else:
+        total += WeightMap((Drop("prompt.*", "made by the text encoders here"),))
+    return WeightMap(total.entries, (*HUB_NAMES, *total.hub_names))
+
+
+def complete(system: RefTon, params: Params, missing: frozenset[str]) -> Params:
+    """Parameters of a base folder with what it does not have.
+
+    Adapters are drawn from `adapters.seed`, and change nothing. Features of the prompt cannot be
+    made up.
+
+    Raises:
+      ValueError: the prompt's features are missing, or some adapters but not all.
+    """
+    if lacking := sorted(missing & set(_PROMPT)):
+        raise ValueError(
+            f"RefTon without text encoders: expected the prompt's features {', '.join(lacking)} "
+            "(folder prompt/ of the pipeline), found none; write them once with "
+            "jaxmods.systems.refton.prompt.write_prompt, or keep the text encoders (base.encoders)"
+        )
+    keys = adapter_keys(system)
+    if not missing:
+        return params
+    if there := sorted(keys - missing):
+        raise ValueError(
+            f"RefTon adapters: expected all {len(keys)} tensors of adapters or none, found "
+            f"{len(there)} of them ({there[0]}, ...); are they of another recipe?"
+        )
+    return {**params, "lora": fresh_adapters(system)}
+
+
+def adapter_keys(system: RefTon) -> frozenset[str]:
+    """Published keys of all adapters."""
+    if system.lora_config is None:
+        return frozenset()
+    shapes = refton_map(system).torch_shapes(jax.eval_shape(system.init, jax.random.key(0)))
+    return frozenset(key for key in shapes if ".lora_" in key)
+
+
+def fresh_adapters(system: RefTon) -> Params:
+    """Adapters that change nothing, drawn from `adapters.seed`."""
+    config, adapters = system.lora_config, system.adapters
+    if config is None or adapters is None:
+        raise ValueError(
+            "RefTon adapters: this recipe trains the whole transformer (adapters=None)"
+        )
+    key = jax.random.key(adapters.seed)
+    boxed = abstract_transformer(system.base.transformer)
+    return unbox(lora.init(key, boxed, config))
+
+
+def load_adapters(
+    system: RefTon, params: Params, source: str | Path, *, alpha: float | None = None
+) -> Params:
+    """`params` with the adapters of a file in place of their own.
+
+    The file's scale may differ from the recipe's: it is carried over into the factors, so that
+    their product stays what it is.
+
+    Args:
+      system: its adapters have the file's rank and modules.
+      params: parameters of `system`.
+      source: a file or its folder, in the layout of diffusers, PEFT or kohya.
+      alpha: takes the place of what the file says, or does not say.
+
+    Raises:
+      WeightError: the file is of another model, of another rank, or adapts other modules.
+    """
+    config = system.lora_config
+    if config is None:
+        raise WeightError(
+            f"{source}: this recipe trains the whole transformer (adapters=None), expected one "
+            "with adapters"
+        )
+    found = lora.load(
+        source, params["transformer"], [published(system.base.transformer)], alpha=alpha
+    )
+    if found.config.rank != config.rank:
+        raise WeightError(
+            f"{source}: expected adapters of rank {config.rank}, found {found.config.rank}; set "
+            f"system.adapters.rank={found.config.rank}"
+        )
+    theirs, ours = flatten(found.adapters), flatten(params["lora"])
+    if different := sorted(set(theirs) ^ set(ours)):
+        raise WeightError(
+            f"{source}: expected the modules of system.adapters.targets, found a difference in "
+            f"{len(different)} factors, as {different[0]}; set system.adapters.targets"
+        )
+    factor = np.float32(found.config.scale / config.scale)
+    name = next(iter(found.adapters))
+
+    def scaled(path: tuple[jax.tree_util.DictKey, ...], value: np.ndarray) -> np.ndarray:
+        return value * factor if path[-1].key == "b" and factor != 1 else value
+
+    tree = jax.tree_util.tree_map_with_path(scaled, found.adapters[name])
+    return {**params, "lora": {lora.DEFAULT: tree}}
+
+
+def save_adapters(
+    system: RefTon,
+    params: Params,
+    folder: str | Path,
+    *,
+    dialect: lora.Dialect = "diffusers",
+    dtype: DTypeLike | None = None,
+    overwrite: bool = False,
+) -> dict[str, int]:
+    """The adapters as the official training writes them: `pytorch_lora_weights.safetensors` with
+    rank, alpha and targets in its header. `load_lora_weights` of a diffusers pipeline reads it.
+
+    Args:
+      dialect: see `jaxmods.nn.lora.save`.
+      dtype: of the tensors; None for that of the adapters. The official files are bf16.
+      overwrite: replace what is at `folder`.
+
+    Returns:
+      Rank by module.
+
+    Raises:
+      WeightError: no adapters, or the folder is taken.
+    """
+    config = system.lora_config
+    if config is None:
+        raise WeightError("RefTon export: this recipe has no adapters; export the pipeline")
+    return lora.save(
+        folder,
+        params["lora"],
+        config,
+        abstract_transformer(system.base.transformer),
+        [published(system.base.transformer)],
+        dialect=dialect,
+        base_model=KONTEXT,
+        dtype=dtype,
+        overwrite=overwrite,
+    )
+
+
+def save_pipeline(
+    system: RefTon,
+    params: Params,
+    folder: str | Path,
+    *,
+    merged: bool = False,
+    dtype: DTypeLike | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Exported:
+    """The models underneath as a diffusers folder, with the adapters merged into the transformer
+    where `merged` (a bf16 base keeps 8 bits of the sum; `save_adapters` keeps all).
+
+    Raises:
+      WeightError: the folder is taken, or the disk too small.
+    """
+    base, config = system.base, system.lora_config
+    parts = {name: params[name] for name in params if name not in ("lora", "prompt")}
+    if merged and config is not None:
+        parts["transformer"] = lora.merge(parts["transformer"], params["lora"], config)
+    return export_pipeline(
+        parts,
+        base_map(base),
+        components(base),
+        folder,
+        index={"_class_name": "FluxKontextPipeline"},
+        documents={"scheduler/scheduler_config.json": scheduler_config(base)},
+        dtype=dtype,
+        overwrite=overwrite,
+        progress=progress,
+    )
