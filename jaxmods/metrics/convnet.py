@@ -1,7 +1,7 @@
 """What the fixed convolutional networks of metrics share: convolutions, pools, their tensors.
 
 Such a network is a function `features(conv, x)` that names each convolution as it uses it, so the
-same lines say which tensors it needs (`tensor_shapes`) and compute it (`apply`). Pictures are
+same lines say which tensors it needs (`tensor_shapes`) and compute it (`rectified`). Pictures are
 [N, H, W, C]; tensors have their PyTorch names and layouts.
 """
 
@@ -47,6 +47,24 @@ def convolve(
         precision=jax.lax.Precision.HIGHEST,
     )
     return y if bias is None else y + bias
+
+
+def rectified(params: Mapping[str, Any]) -> Conv:
+    """Each convolution with the `<name>.weight` and `<name>.bias` of `params`, and ReLU."""
+
+    def conv(
+        x: Array,
+        name: str,
+        out: int,
+        kernel: tuple[int, int] = (1, 1),
+        stride: int = 1,
+        padding: tuple[int, int] = (0, 0),
+    ) -> Array:
+        del out, kernel
+        weight, bias = jnp.asarray(params[f"{name}.weight"]), jnp.asarray(params[f"{name}.bias"])
+        return jax.nn.relu(convolve(x, weight, bias, stride, padding))
+
+    return conv
 
 
 def max_pool(x: Array, *, ceil: bool = False, stride: int = 2, padding: int = 0) -> Array:

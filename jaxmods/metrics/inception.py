@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,8 +21,8 @@ from jaxmods.metrics.convnet import (
     Conv,
     average_pool,
     checked,
-    convolve,
     max_pool,
+    rectified,
     tensor_shapes,
 )
 
@@ -183,17 +182,4 @@ def features(params: Params, pictures: Array) -> Array:
     Returns:
       float32 [N, 2048].
     """
-
-    def conv(
-        x: Array,
-        name: str,
-        out: int,
-        kernel: tuple[int, int] = (1, 1),
-        stride: int = 1,
-        padding: tuple[int, int] = (0, 0),
-    ) -> Array:
-        del out, kernel
-        weight, bias = jnp.asarray(params[f"{name}.weight"]), jnp.asarray(params[f"{name}.bias"])
-        return jax.nn.relu(convolve(x, weight, bias, stride, padding))
-
-    return network(conv, (pictures - 128) / 128)
+    return network(rectified(params), (pictures - 128) / 128)

@@ -11,11 +11,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmods.metrics.convnet import Array, Conv, checked, convolve, max_pool, tensor_shapes
+from jaxmods.metrics.convnet import Array, Conv, checked, max_pool, rectified, tensor_shapes
 
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
@@ -82,23 +81,10 @@ def distance(params: Params, first: Array, second: Array) -> Array:
     Returns:
       float32 [N].
     """
-
-    def conv(
-        x: Array,
-        name: str,
-        out: int,
-        kernel: tuple[int, int] = (1, 1),
-        stride: int = 1,
-        padding: tuple[int, int] = (0, 0),
-    ) -> Array:
-        del out, kernel
-        weight, bias = jnp.asarray(params[f"{name}.weight"]), jnp.asarray(params[f"{name}.bias"])
-        return jax.nn.relu(convolve(x, weight, bias, stride, padding))
-
     shift, scale = jnp.asarray(_SHIFT, jnp.float32), jnp.asarray(_SCALE, jnp.float32)
 
     def stages(pictures: Array) -> list[Array]:
-        found = network(conv, ((2 * pictures - 1) - shift) / scale)
+        found = network(rectified(params), ((2 * pictures - 1) - shift) / scale)
         return [x / jnp.sqrt(_EPS + jnp.sum(x * x, -1, keepdims=True)) for x in found]
 
     total = jnp.zeros(first.shape[0])
