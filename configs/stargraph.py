@@ -181,7 +181,8 @@ def fb15k237_half_hour() -> Experiment:
         encoder=EncoderConfig(width=128, anchors_per_entity=10), distinct=1920, encode_chunk=240
     )
     source, steps = fb15k237_source(), 6000
-    return Experiment(
+    return dataclasses.replace(
+        fb15k237_small(),
         system=system,
         data=pipeline(
             system, source, anchor_size=1.0, skip_ratio=0.2, true_negatives=True, pool=1024
@@ -189,13 +190,7 @@ def fb15k237_half_hour() -> Experiment:
         steps=steps,
         batch_size=512,
         optim=adam(2e-3, steps),
-        checkpoint=Checkpointing(every=1000, keep=1),
-        evaluation=Evaluation(
-            every=0,
-            batch_size=1024,
-            protocols=(LinkPrediction(source, "valid"), LinkPrediction(source, "test")),
-        ),
-        logging=Logging(every=100),
+        notes="",
     )
 
 

@@ -26,6 +26,8 @@ from train.watch import StopRequestedError
 
 LOG = logging.getLogger("train")
 
+_LINE = 12  # of more metrics the log shows those that are not parts ("tail/mrr"); files hold all
+
 HostFunction = Callable[..., Any]
 
 
@@ -146,7 +148,7 @@ def run_protocols(
         shown = "  ".join(
             _shown(name, metric.value, metric.chance)
             for name, metric in result.metrics.items()
-            if "/" not in name or len(result.metrics) <= LINE
+            if "/" not in name or len(result.metrics) <= _LINE
         )
         LOG.info(
             "%s: %s (%d records, %s)",
@@ -158,9 +160,6 @@ def run_protocols(
         for note in result.notes:
             LOG.info("%s: %s", protocol.name, note)
     return results
-
-
-LINE = 12  # of more metrics the log shows those that are not parts ("tail/mrr"); files hold all
 
 
 def _shown(name: str, value: float, chance: float | None) -> str:
