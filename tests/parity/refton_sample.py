@@ -112,6 +112,7 @@ def levels(case: Case) -> None:
     schedule = model.base.schedule
     count = noise.shape[1] * noise.shape[2] // 4
     sigmas = schedule.sigmas(model.sampling.steps, tokens=count)
+    # Levels lie in 0..1, where two neighbours in float32 are up to 6e-8 apart.
     assert_close("sigmas", sigmas, case.io["mid.sigmas"], Tolerance(atol=1e-7))
     times = schedule.model_times(sigmas[:-1]) * schedule.num_train_timesteps
     assert_close("timesteps", times, case.io["mid.timesteps"], Tolerance(rtol=2e-7))

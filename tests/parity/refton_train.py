@@ -200,6 +200,7 @@ def levels_targets_and_weights(case: Case) -> None:
     """Latents, noise levels, the velocity to learn, and the weights of all schemes."""
     found, allowed = forward(case), tight(case, "forward")
     assert_close("latents", channels_first(found["latents"]), case.io["mid.latents_x0"], allowed)
+    # Levels lie in 0..1, where two neighbours in float32 are up to 6e-8 apart.
     assert_close("sigmas", found["sigma"], case.io["mid.sigmas"], Tolerance(atol=1e-7))
     times = found["time"] * 1000
     assert_close("times", times, case.io["mid.timesteps"], Tolerance(rtol=2e-7))

@@ -102,6 +102,7 @@ def test_draws_and_weights_of_the_training_script(name: str) -> None:
     else:
         uniform = jnp.asarray(torch.rand(size=(5000,), generator=generator()).numpy())
         ours = mode(uniform, 1.29) if name == "mode" else uniform
+    # One function (cosine, logistic) and two or three operations, each rounded on both sides.
     np.testing.assert_allclose(ours, u.numpy(), rtol=4 * ULP, atol=4 * ULP)
 
     theirs = Scheduler(**FLUX)
@@ -131,6 +132,7 @@ def test_noising_is_the_scheduler_s() -> None:
         jnp.asarray(noise.numpy()),
         jnp.asarray(FlowSchedule().training_sigmas())[index.numpy()],
     )
+    # Two products and a sum, each rounded on both sides.
     np.testing.assert_allclose(ours, expected.numpy(), atol=4 * ULP)
 
 
