@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data_pipelines.batch import DataError, HostBatch, Pipeline
+from data_pipelines.batch import HostBatch, Pipeline
 from data_pipelines.boxes import Box
 from data_pipelines.collate import Choices, Example, Layout, collate, encode_example
 from data_pipelines.images import (
@@ -29,7 +29,15 @@ from data_pipelines.images import (
 )
 from data_pipelines.records import ImageTextRecord
 from data_pipelines.sampling import Made, Reading, Recipe, Tolerance, host_batches
-from data_pipelines.sources.base import Mixture, Source, digest
+from data_pipelines.sources.base import (
+    Mixture,
+    Source,
+    describe_sources,
+    digest,
+    settings_of,
+    sources_of,
+    weights_of,
+)
 from data_pipelines.tokenizers import ClipTokenizer
 from data_pipelines.validation import Limits, check_record
 
@@ -130,7 +138,7 @@ class ImageTextPipeline(Pipeline):
     @property
     def sources(self) -> tuple[Source, ...]:
         """The sources, one or several."""
-        return self.source.sources if isinstance(self.source, Mixture) else (self.source,)
+        return sources_of(self.source)
 
     @functools.cached_property
     def text_tokenizer(self) -> ClipTokenizer:
@@ -154,9 +162,8 @@ class ImageTextPipeline(Pipeline):
                 f"a multiple of hard_pack_images={self.hard_pack_images}"
             )
         _ = self.text_tokenizer
-        weights = self.source.weights if isinstance(self.source, Mixture) else None
         return host_batches(
-            Recipe(self.sources, weights, self.make, self.collate),
+            Recipe(self.sources, weights_of(self.source), self.make, self.collate),
             global_batch=global_batch,
             seed=seed,
             process_index=process_index,
@@ -201,12 +208,8 @@ class ImageTextPipeline(Pipeline):
         return collate(examples, self.layout, self.text_tokenizer)
 
     def fingerprint(self) -> str:
-        settings = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.name not in ("source", "tokenizer", "tolerance", "reading")
-        }
-        weights = self.source.weights if isinstance(self.source, Mixture) else None
+        settings = settings_of(self, "source", "tokenizer", "tolerance", "reading")
+        weights = weights_of(self.source)
         words = digest(sorted((n, len(b)) for n, b in self.text_tokenizer.files().items()))
         return digest([s.fingerprint() for s in self.sources], weights, words, repr(settings))
 
@@ -223,12 +226,7 @@ class ImageTextPipeline(Pipeline):
             facts["vocab_size"] = self.text_tokenizer.vocab_size
         except (OSError, ValueError) as e:
             facts["tokenizer_problem"] = str(e)
-        for source in self.sources:
-            try:
-                facts[f"source {source.name}"] = source.report()
-            except (DataError, OSError) as e:
-                facts[f"source {source.name}"] = {"problem": str(e)}
-        return facts
+        return facts | describe_sources(self.sources)
 
     def assets(self) -> dict[str, bytes]:
         """Tokenizer and image-processor files for an exported folder."""

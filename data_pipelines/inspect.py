@@ -24,7 +24,7 @@ from data_pipelines.images import decode_rgb
 from data_pipelines.inspect_page import page
 from data_pipelines.protocols.drawing import BOX_COLORS, MUTED, Sheet, fit
 from data_pipelines.records import BadRecordError, ImageTextRecord
-from data_pipelines.sources.base import Source
+from data_pipelines.sources.base import Source, spread
 from data_pipelines.sources.record_codec import embed_image
 from data_pipelines.tryon.inspect import inspect_try_on
 from data_pipelines.tryon.pipeline import TryOnPipeline
@@ -81,8 +81,7 @@ def inspect_pipeline(
             reasons = facts["sources"][source.name]["damaged"]
             raise DataError(f"{source.name}: no usable record among {len(looks):,}: {reasons}")
         share = -(-samples // len(pipeline.sources))
-        picks = np.unique(np.linspace(0, len(good) - 1, min(share, len(good))).astype(int))
-        drawn += [(source, good[int(i)]) for i in picks]
+        drawn += [(source, good[i]) for i in spread(len(good), share)]
     sheet = _contact_sheet(pipeline, drawn[:samples])
     (out_dir / "samples.png").write_bytes(sheet)
     note = "Boxes in grey are beyond the slots of a batch."
@@ -92,7 +91,7 @@ def inspect_pipeline(
 
 
 def _look_at(pipeline: ImageTextPipeline, source: Source, scan: int) -> list[_Look]:
-    picks = np.unique(np.linspace(0, len(source) - 1, min(scan, len(source))).astype(int))
+    picks = spread(len(source), scan)
 
     def look(index: int) -> _Look:
         try:
@@ -108,7 +107,7 @@ def _look_at(pipeline: ImageTextPipeline, source: Source, scan: int) -> list[_Lo
         return _Look(index, CheckedRecord(light, checked.repaired), size, digest)
 
     with ThreadPoolExecutor(max(1, pipeline.reading.threads)) as pool:
-        found = pool.map(look, [int(i) for i in picks])
+        found = pool.map(look, picks)
         return list(tqdm(found, source.name, len(picks), leave=False, unit="record", disable=None))
 
 

@@ -13,11 +13,21 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-from data_pipelines.records import ImageTextRecord
+import numpy as np
+
+from data_pipelines.batch import DataError
 
 R_co = TypeVar("R_co", covariant=True)
+
+
+class _Identified(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+I_co = TypeVar("I_co", bound=_Identified, covariant=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +71,10 @@ class Source(abc.ABC, Generic[R_co]):
 
 
 @dataclasses.dataclass(frozen=True)
-class InMemory(Source):
+class InMemory(Source[I_co]):
     """Records held in memory, for small sets and tests."""
 
-    records: tuple[ImageTextRecord, ...] = ()
+    records: tuple[I_co, ...] = ()
     label: str = "memory"
 
     @property
@@ -74,7 +84,7 @@ class InMemory(Source):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> ImageTextRecord:
+    def __getitem__(self, index: int) -> I_co:
         return self.records[index]
 
     def record_id(self, index: int) -> str:
@@ -106,6 +116,38 @@ class Mixture:
                 f"Mixture: expected one positive weight per source, found {len(self.sources)} "
                 f"sources and weights {self.weights}; leave a source out instead of weighting it 0"
             )
+
+
+def sources_of(source: Source[Any] | Mixture) -> tuple[Source[Any], ...]:
+    """The sources of a pipeline's `source`, one or several."""
+    return source.sources if isinstance(source, Mixture) else (source,)
+
+
+def weights_of(source: Source[Any] | Mixture) -> tuple[float, ...] | None:
+    """Their weights; None for those by length."""
+    return source.weights if isinstance(source, Mixture) else None
+
+
+def describe_sources(sources: Iterable[Source[Any]]) -> dict[str, Any]:
+    """What opening each source found; one that cannot be opened is described by its problem."""
+    facts: dict[str, Any] = {}
+    for source in sources:
+        try:
+            facts[f"source {source.name}"] = source.report()
+        except (DataError, OSError) as e:
+            facts[f"source {source.name}"] = {"problem": str(e)}
+    return facts
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` of the indices 0..count-1, evenly spread, with the first and the last."""
+    return [int(i) for i in np.unique(np.linspace(0, count - 1, min(most, count)).astype(int))]
+
+
+def settings_of(description: Any, *left_out: str) -> dict[str, Any]:
+    """Fields of a dataclass by name, without some: what its fingerprint speaks of."""
+    names = (f.name for f in dataclasses.fields(description))
+    return {name: getattr(description, name) for name in names if name not in left_out}
 
 
 def digest(*parts: Any) -> str:

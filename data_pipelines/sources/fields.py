@@ -91,11 +91,11 @@ def check_field_names(fields: Mapping[str, Any], where: str) -> None:
 
     Raises DataError with the field that was probably meant.
     """
-    _check_names(fields, RECORD_FIELDS, where)
+    check_names(fields, RECORD_FIELDS, where)
     regions = fields.get("regions")
     for region in regions if isinstance(regions, list) else ():
         if isinstance(region, Mapping):
-            _check_names(region, REGION_FIELDS, f"{where}: regions")
+            check_names(region, REGION_FIELDS, f"{where}: regions")
 
 
 def canonical_box(box: Any, convention: BoxConvention, size: tuple[int, int]) -> tuple[float, ...]:
@@ -157,9 +157,15 @@ def _region(value: Any, boxes: BoxConvention, size: tuple[int, int]) -> Region:
     )
 
 
-def _check_names(fields: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+def check_names(
+    fields: Mapping[str, Any], known: tuple[str, ...], where: str, cutoff: float = 0.8
+) -> None:
+    """Refuse what looks like a misspelling of one of `known`, more alike than `cutoff` (0 to 1).
+
+    Raises DataError with the field that was probably meant.
+    """
     for name in fields:
-        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.8)
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=cutoff)
         if name not in known and near and near[0] not in fields:
             raise DataError(
                 f"{where}: unknown field {name!r}; did you mean {near[0]!r}? "

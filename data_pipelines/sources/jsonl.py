@@ -10,12 +10,10 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data_pipelines.batch import DataError
 from data_pipelines.boxes import BoxConvention, ConventionCheck
 from data_pipelines.records import BadRecordError, ImageTextRecord
-from data_pipelines.sources.base import Source, files_digest
+from data_pipelines.sources.base import Source, files_digest, spread
 from data_pipelines.sources.fields import (
     check_field_names,
     declared_size,
@@ -23,7 +21,7 @@ from data_pipelines.sources.fields import (
     record_from_fields,
 )
 from data_pipelines.sources.matching import check_match, relative_path
-from data_pipelines.sources.streamed_json import Rows, line_rows
+from data_pipelines.sources.streamed_json import Rows, open_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,22 +57,17 @@ class JsonLines(Source):
 
     @functools.cached_property
     def _rows(self) -> Rows:
-        path = Path(self.path).expanduser()
-        if not path.is_file():
-            raise DataError(f"{path}: no such file; expected JSON lines (set data.source.path)")
-        rows = line_rows([path])
-        if not len(rows):
-            raise DataError(f"{path}: expected JSON lines, found none")
+        rows = open_lines(self.path)
         self._check(rows)
         return rows
 
     def _check(self, rows: Rows) -> None:
         convention = ConventionCheck(self.boxes)
-        picks = np.unique(np.linspace(0, len(rows) - 1, min(self.checked, len(rows))).astype(int))
+        picks = spread(len(rows), self.checked)
         matched, unmatched = 0, ""
         for i in picks:
             try:
-                fields = parse_json(rows.read(int(i)), f"line {i + 1}")
+                fields = parse_json(rows.read(i), f"line {i + 1}")
                 path = self._picture(fields)
             except BadRecordError:
                 continue

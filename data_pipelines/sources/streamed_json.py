@@ -104,6 +104,21 @@ class Rows:
         )
 
 
+def open_lines(path: str) -> Rows:
+    """Rows of the JSON-lines file of a source's `path`.
+
+    Raises:
+      DataError: no such file, or no line in it.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise DataError(f"{file}: no such file; expected JSON lines (set data.source.path)")
+    rows = line_rows([file])
+    if not len(rows):
+        raise DataError(f"{file}: expected JSON lines, found none")
+    return rows
+
+
 def line_rows(files: Sequence[Path]) -> Rows:
     """Rows of JSON-lines files; blank lines are left out."""
     places = array.array("q")

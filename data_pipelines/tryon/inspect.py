@@ -13,6 +13,7 @@ from data_pipelines.batch import DataError
 from data_pipelines.inspect_page import page
 from data_pipelines.protocols.panels import try_on_sheet
 from data_pipelines.records import BadRecordError
+from data_pipelines.sources.base import spread
 from data_pipelines.tryon.draws import Conditions
 from data_pipelines.tryon.pipeline import TryOnPipeline
 from data_pipelines.tryon.source import TryOnSource
@@ -45,16 +46,16 @@ def inspect_try_on(
     subjects = ("person",) * (pipeline.person_prob > 0) + ("agnostic",) * (pipeline.person_prob < 1)
     wanted = ("target", *subjects, *pipeline.included)
     for source in pipeline.sources:
-        picks = np.unique(np.linspace(0, len(source) - 1, min(scan, len(source))).astype(int))
-        good, found = _count(pipeline, source, [int(i) for i in picks])
+        picks = spread(len(source), scan)
+        good, found = _count(pipeline, source, picks)
         facts["sources"][source.name] = {**source.report(), **found}
         if not good:
             raise DataError(
                 f"{source.name}: no usable record among {len(picks):,}: {found['damaged']}"
             )
         share = -(-samples // len(pipeline.sources))
-        for k in np.unique(np.linspace(0, len(good) - 1, min(share, len(good))).astype(int)):
-            shown = pictures(source[good[int(k)]], pipeline.frame, wanted)
+        for k in spread(len(good), share):
+            shown = pictures(source[good[k]], pipeline.frame, wanted)
             rows.append({name: shown.get(name) for name in _COLUMNS})
     sheet = try_on_sheet(rows[:samples])
     (out_dir / "samples.png").write_bytes(sheet)

@@ -12,20 +12,16 @@ Paths are relative to the file's folder or `root`. `agnostic` and `references` m
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from data_pipelines.batch import DataError
 from data_pipelines.records import BadRecordError, TryOnRecord
-from data_pipelines.sources.base import files_digest
-from data_pipelines.sources.fields import optional_string, parse_json, strings
+from data_pipelines.sources.base import files_digest, spread
+from data_pipelines.sources.fields import check_names, optional_string, parse_json, strings
 from data_pipelines.sources.matching import check_match, relative_path
-from data_pipelines.sources.streamed_json import Rows, line_rows
+from data_pipelines.sources.streamed_json import Rows, open_lines
 from data_pipelines.tryon.source import CATEGORIES, PARTS, Part, TryOnSource, has
 
 FIELDS = (
@@ -62,19 +58,15 @@ class TryOnLines(TryOnSource):
     @functools.cached_property
     def _opened(self) -> tuple[Rows, frozenset[Part]]:
         path = Path(self.path).expanduser()
-        if not path.is_file():
-            raise DataError(f"{path}: no such file; expected JSON lines (set data.source.path)")
-        rows = line_rows([path])
-        if not len(rows):
-            raise DataError(f"{path}: expected JSON lines, found none")
-        picks = np.unique(np.linspace(0, len(rows) - 1, min(self.checked, len(rows))).astype(int))
+        rows = open_lines(self.path)
+        picks = spread(len(rows), self.checked)
         matched, missing = 0, ""
         offered: set[Part] = set()
         for i in picks:
             try:
-                fields = parse_json(rows.read(int(i)), f"line {i + 1}")
-                _check_names(fields, f"{path}:{i + 1}")
-                record = self._record(fields, int(i))
+                fields = parse_json(rows.read(i), f"line {i + 1}")
+                check_names(fields, FIELDS, f"{path}:{i + 1}", cutoff=0.7)
+                record = self._record(fields, i)
             except BadRecordError:
                 continue  # reported when the record is read
             assert isinstance(record.garment, Path)
@@ -149,14 +141,3 @@ class TryOnLines(TryOnSource):
 
     def fingerprint(self) -> str:
         return files_digest([Path(self.path).expanduser()])
-
-
-def _check_names(fields: Mapping[str, Any], where: str) -> None:
-    """Refuse what looks like a misspelt field. Raises DataError naming the one that was meant."""
-    for name in fields:
-        near = difflib.get_close_matches(str(name), FIELDS, n=1, cutoff=0.7)
-        if name not in FIELDS and near and near[0] not in fields:
-            raise DataError(
-                f"{where}: unknown field {name!r}; did you mean {near[0]!r}? Known fields are "
-                f"{', '.join(FIELDS)}"
-            )

@@ -61,7 +61,14 @@ from data_pipelines.batch import DataError, HostBatch, Pipeline
 from data_pipelines.images import ImageLimits
 from data_pipelines.records import BadRecordError, ImageLike, TryOnRecord
 from data_pipelines.sampling import Made, Reading, Recipe, Tolerance, host_batches
-from data_pipelines.sources.base import Mixture, digest
+from data_pipelines.sources.base import (
+    Mixture,
+    describe_sources,
+    digest,
+    settings_of,
+    sources_of,
+    weights_of,
+)
 from data_pipelines.tryon.draws import Conditions, Probabilities, draw_conditions
 from data_pipelines.tryon.source import Part, TryOnSource
 from data_pipelines.tryon.transforms import Frame
@@ -111,8 +118,7 @@ class TryOnPipeline(Pipeline):
     reading: Reading = dataclasses.field(default_factory=Reading)
 
     def __post_init__(self) -> None:
-        given = self.source.sources if isinstance(self.source, Mixture) else (self.source,)
-        if len(self.sources) != len(given):
+        if len(self.sources) != len(sources_of(self.source)):
             raise ValueError("data.source: expected sources of try-on records (TryOnSource)")
         _ = self.probabilities
         check_sizes(self.frame, self.multiple, "data")
@@ -132,8 +138,7 @@ class TryOnPipeline(Pipeline):
     @property
     def sources(self) -> tuple[TryOnSource, ...]:
         """The sources, one or several."""
-        found = self.source.sources if isinstance(self.source, Mixture) else (self.source,)
-        return tuple(s for s in found if isinstance(s, TryOnSource))
+        return tuple(s for s in sources_of(self.source) if isinstance(s, TryOnSource))
 
     @property
     def included(self) -> tuple[Literal["mask", "dense", "reference"], ...]:
@@ -155,9 +160,10 @@ class TryOnPipeline(Pipeline):
           DataError: also when a source has none of the pictures that a probability asks for.
         """
         self.check_sources()
-        weights = self.source.weights if isinstance(self.source, Mixture) else None
         return host_batches(
-            Recipe(self.sources, weights, self.make, self.collate, step_stream=True),
+            Recipe(
+                self.sources, weights_of(self.source), self.make, self.collate, step_stream=True
+            ),
             global_batch=global_batch,
             seed=seed,
             process_index=process_index,
@@ -276,12 +282,8 @@ class TryOnPipeline(Pipeline):
         return {name: np.stack([row[name] for row in rows]) for name in names}, {}
 
     def fingerprint(self) -> str:
-        settings = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.name not in ("source", "tolerance", "reading")
-        }
-        weights = self.source.weights if isinstance(self.source, Mixture) else None
+        settings = settings_of(self, "source", "tolerance", "reading")
+        weights = weights_of(self.source)
         return digest([s.fingerprint() for s in self.sources], weights, repr(settings))
 
     def describe(self) -> dict[str, Any]:
@@ -291,12 +293,7 @@ class TryOnPipeline(Pipeline):
             "conditions": list(self.frame.cond_size),
             "probabilities": dataclasses.asdict(self.probabilities),
         }
-        for source in self.sources:
-            try:
-                facts[f"source {source.name}"] = source.report()
-            except (DataError, OSError) as e:
-                facts[f"source {source.name}"] = {"problem": str(e)}
-        return facts
+        return facts | describe_sources(self.sources)
 
 
 def check_sizes(frame: Frame, multiple: int, where: str) -> None:

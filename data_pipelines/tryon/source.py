@@ -9,11 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
-
 from data_pipelines.batch import DataError
 from data_pipelines.records import BadRecordError, GarmentCategory, TryOnRecord
-from data_pipelines.sources.base import Source, digest
+from data_pipelines.sources.base import InMemory, Source, digest, settings_of, spread
 from data_pipelines.sources.matching import Listing, check_match, relative_path
 
 Part: TypeAlias = Literal["target", "person", "agnostic", "reference", "mask", "dense"]
@@ -122,9 +120,9 @@ class FolderSource(TryOnSource):
         entries = tuple(self._list())
         if not entries:
             raise DataError(f"{self.name}: expected pairs under {self.folder}, found none")
-        picks = np.unique(np.linspace(0, len(entries) - 1, min(self.checked, len(entries))))
+        picks = spread(len(entries), self.checked)
         matched, missing = 0, ""
-        for i in picks.astype(int):
+        for i in picks:
             files = self._files(entries[i])
             absent = [p for p in _required(files) if not self._listing.has(p)]
             matched += not absent
@@ -202,8 +200,7 @@ class FolderSource(TryOnSource):
     def report(self) -> dict[str, int]:
         """Records, and how many of those looked at have each picture."""
         counts = {"records": len(self), "checked": 0}
-        picks = np.unique(np.linspace(0, len(self) - 1, min(self.checked, len(self))))
-        for i in picks.astype(int):
+        for i in spread(len(self), self.checked):
             files = self._files(self._entries[i])
             counts["checked"] += 1
             for part in PARTS:
@@ -213,9 +210,7 @@ class FolderSource(TryOnSource):
         return counts
 
     def fingerprint(self) -> str:
-        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in ("root", "min_match", "checked"):
-            del options[name]
+        options = settings_of(self, "root", "min_match", "checked")
         names = digest([(e.folder, e.person, e.garment) for e in self._entries])
         return digest(self.name, options, names)
 
@@ -303,38 +298,14 @@ def renamed(name: str, suffix: str, replacement: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class TryOnRecords(TryOnSource):
-    """Records held in memory, for small sets and tests.
-
-    Attributes:
-      records: the records.
-      label: name of the source.
-    """
-
-    records: tuple[TryOnRecord, ...] = ()
-    label: str = "memory"
-
-    @property
-    def name(self) -> str:
-        return self.label
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> TryOnRecord:
-        return self.records[index]
-
-    def record_id(self, index: int) -> str:
-        return self.records[index].id
+class TryOnRecords(InMemory[TryOnRecord], TryOnSource):
+    """Records held in memory, for small sets and tests."""
 
     def offers(self) -> frozenset[Part]:
         return frozenset(part for part in PARTS if any(has(r, part) for r in self.records))
 
     def looked_for(self, part: Part) -> str:
         return f"field of the {len(self)} records"
-
-    def fingerprint(self) -> str:
-        return digest(self.label, [r.id for r in self.records])
 
 
 def has(record: TryOnRecord, part: Part) -> bool:
