@@ -75,8 +75,9 @@ class Pair:
 
 
 @functools.cache
-def pair_of(kind: str) -> Pair:
+def pair_of(kind: str, seed: int = 0) -> Pair:
     config = KINDS[kind]
+    torch.manual_seed(seed)
     theirs = perturbed(theirs_of(config))
     params = imported(state_of(theirs), autoencoder_kl_map(config), abstract(config))
     rng = np.random.default_rng(0)
@@ -145,27 +146,34 @@ def test_values_and_gradients(pair: Pair) -> None:
     assert_same_gradients(pair.theirs, ours_grads, 1e-4)
 
 
-def test_bfloat16_is_as_close_to_float32_as_theirs(pair: Pair) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_is_as_close_to_float32_as_theirs(kind: str) -> None:
     """In bf16 both differ from fp32 by rounding; ours, which rounds once after norm and activation,
-    by no more than theirs, with a tenth for the rounding that falls in different places."""
-    with torch.no_grad():
-        exact = run_theirs(pair.theirs, nchw(pair.pixels), nchw(pair.noise))
-        half = theirs_of(pair.config).to(torch.bfloat16)
-        half.load_state_dict(pair.theirs.state_dict())
-        bf16 = torch.bfloat16
-        rounded = run_theirs(half.eval(), nchw(pair.pixels).to(bf16), nchw(pair.noise).to(bf16))
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), pair.params)
-    posterior, picture = jax.jit(run_ours, static_argnums=0)(
-        pair.ours, params, pair.pixels, pair.noise
-    )
-    assert picture.dtype == jnp.bfloat16
-    assert posterior.mean.dtype == posterior.logvar.dtype == jnp.float32
-    for ours, expected, theirs in (
-        (posterior.mean, exact[0].mean, rounded[0].mean),
-        (posterior.logvar, exact[0].logvar, rounded[0].logvar),
-        (picture, exact[1], rounded[1]),
-    ):
-        assert relative(ours, nhwc(expected)) < 1.1 * relative(nhwc(theirs), nhwc(expected))
+    by no more than theirs, with a tenth for the rounding that falls in different places.
+
+    Over several models: with one so small, either side may come out a quarter closer by chance.
+    """
+    ours_off, theirs_off = [], []
+    for seed in range(6):
+        pair = pair_of(kind, seed)
+        with torch.no_grad():
+            exact = run_theirs(pair.theirs, nchw(pair.pixels), nchw(pair.noise))
+            half = theirs_of(pair.config).to(torch.bfloat16)
+            half.load_state_dict(pair.theirs.state_dict())
+            bf16 = torch.bfloat16
+            rounded = run_theirs(half.eval(), nchw(pair.pixels).to(bf16), nchw(pair.noise).to(bf16))
+        params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), pair.params)
+        posterior, picture = jax.jit(run_ours, static_argnums=0)(
+            pair.ours, params, pair.pixels, pair.noise
+        )
+        assert picture.dtype == jnp.bfloat16
+        assert posterior.mean.dtype == posterior.logvar.dtype == jnp.float32
+        expected = [nhwc(x) for x in (exact[0].mean, exact[0].logvar, exact[1])]
+        theirs = [nhwc(x) for x in (rounded[0].mean, rounded[0].logvar, rounded[1])]
+        ours = (posterior.mean, posterior.logvar, picture)
+        ours_off.append([relative(x, y) for x, y in zip(ours, expected, strict=True)])
+        theirs_off.append([relative(x, y) for x, y in zip(theirs, expected, strict=True)])
+    assert (np.mean(ours_off, axis=0) < 1.1 * np.mean(theirs_off, axis=0)).all()
 
 
 @pytest.mark.parametrize(
