@@ -100,18 +100,22 @@ def run(
 
     Args:
       block: `(parameters of one block, x) -> x`.
-      params: tree of arrays with a leading layer axis.
+      params: tree of arrays with a leading layer axis, or a tuple of trees (`unstack`).
       x: activations, one array or a tree of them.
       policy: what the backward pass recomputes.
-      unroll: write every layer out instead of scanning.
+      unroll: write every layer out instead of scanning; a tuple always is.
     """
     step = remat(block, policy)
-    if unroll:
-        layers = jax.tree.leaves(params)[0].shape[0]
-        for layer in _unstack(layers, params):
+    if unroll or isinstance(params, tuple):
+        for layer in params if isinstance(params, tuple) else unstack(params):
             x = step(layer, x)
         return x
     return jax.lax.scan(lambda carry, layer: (step(layer, carry), None), x, params)[0]
+
+
+def unstack(params: Any) -> tuple[Any, ...]:
+    """One tree of parameters per layer, of a tree of arrays with a leading layer axis."""
+    return _unstack(jax.tree.leaves(params)[0].shape[0], params)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
