@@ -16,6 +16,7 @@ Shape legend:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -170,7 +171,8 @@ class Decoding:
             axis = kept.ndim + _ROWS
             return _pinned(jax.vmap(row, (axis, axis, 0), axis)(kept, new, self.lengths))
 
-        return self.replace(  # type: ignore[attr-defined, no-any-return]  # made by flax.struct
+        return dataclasses.replace(
+            self,
             cache=jax.tree.map(put, self.cache, fresh),
             lengths=self.lengths + counts,
             positions=self.positions + counts,
@@ -178,7 +180,8 @@ class Decoding:
 
     def take_rows(self, rows: jax.Array) -> Decoding:
         """Rows `rows` (int [N]) in that order; a row may be taken several times, or not at all."""
-        return self.replace(  # type: ignore[attr-defined, no-any-return]  # made by flax.struct
+        return dataclasses.replace(
+            self,
             cache=jax.tree.map(lambda x: _pinned(jnp.take(x, rows, axis=_ROWS)), self.cache),
             lengths=self.lengths[rows],
             positions=self.positions[rows],
