@@ -27,7 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 
 if TYPE_CHECKING:
+    from jaxmods.nn.lora import AdapterMap
     from jaxmods.weights import WeightMap
+    from jaxmods.weights.pipeline import HubPipeline
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -165,7 +167,8 @@ class System(abc.ABC):
 
     def function_inputs(self, batch_size: int) -> dict[str, dict[str, ArraySpec]]:
         """What the named functions take besides params for `batch_size` rows, by function and
-        argument, in order. Preflight compiles the functions that are listed here."""
+        argument, in order. Preflight compiles the functions that are listed here: with `--what
+        sample` those called `sample` or `sample_...`, with `--what eval` all others."""
         del batch_size
         return {}
 
@@ -176,6 +179,16 @@ class System(abc.ABC):
     def hub_config(self) -> dict[str, Any]:
         """The `config.json` that belongs beside exported weights."""
         return {}
+
+    def hub_pipeline(self) -> HubPipeline | None:
+        """The sub-folders that weights are exported to, for what is published as a folder of
+        several models; None for a folder of one. The keys of `weights` begin with their names."""
+        return None
+
+    def adapter_map(self) -> AdapterMap | None:
+        """Which parameters are low-rank adapters, on what and under which published names; None
+        for none. From it follow `init.adapters`, and export and import of adapters alone."""
+        return None
 
     def complete_import(self, params: Params, missing: frozenset[str]) -> Params:
         """Fill parameters absent from a known base checkpoint (see `WeightMap` `optional`).

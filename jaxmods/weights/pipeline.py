@@ -40,25 +40,38 @@ class Component:
 
     Attributes:
       name: of the folder, and what stands before the dot of its keys.
-      kind: library and class, as `model_index.json` says.
+      kind: library and class, as `model_index.json` says; None for what it does not speak of.
       config: its `config.json`.
       stem: of its weight files.
     """
 
     name: str
-    kind: tuple[str, str]
+    kind: tuple[str, str] | None
     config: Mapping[str, Any]
     stem: str = "model"
+
+
+@dataclasses.dataclass(frozen=True)
+class HubPipeline:
+    """What a pipeline folder holds besides weights.
+
+    Attributes:
+      components: every sub-folder with weights.
+      index: further fields of `model_index.json`, as `_class_name`.
+      documents: further JSON files by path ("scheduler/scheduler_config.json").
+    """
+
+    components: tuple[Component, ...]
+    index: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    documents: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 def export_pipeline(
     params: Any,
     weight_map: WeightMap,
-    components: Sequence[Component],
+    pipeline: HubPipeline,
     folder: str | Path,
     *,
-    index: Mapping[str, Any] | None = None,
-    documents: Mapping[str, Mapping[str, Any]] | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     dtype: DTypeLike | None = None,
     overwrite: bool = False,
@@ -71,10 +84,8 @@ def export_pipeline(
     Args:
       params: nested dict of arrays; may be sharded over devices and processes.
       weight_map: covers `params`; its keys begin with the name of a component and a dot.
-      components: every component that the map speaks of.
+      pipeline: its components are all that the map speaks of.
       folder: target; must not exist, or be empty, unless `overwrite`.
-      index: further fields of `model_index.json`, as `_class_name`.
-      documents: further JSON files by path ("scheduler/scheduler_config.json").
       max_shard_bytes: size of a weight file at which the next is begun.
       dtype: conversion of floating tensors; None keeps the parameters' dtypes.
       overwrite: replace what is at `folder`, after the new one is complete.
@@ -84,7 +95,7 @@ def export_pipeline(
       WeightError: the folder is taken, the disk too small, the map does not fit, or a key belongs
         to no component.
     """
-    folder = Path(folder)
+    folder, components = Path(folder), pipeline.components
     tensors = export_tensors(params, weight_map, dtype=dtype)
     nbytes = sum(t.nbytes for t in tensors.values())
     parts = _by_component(tensors, components)
@@ -116,12 +127,13 @@ def export_pipeline(
             )
             done += sum(t.nbytes for t in parts[part.name].values())
             files.update({f"{part.name}/{name}": keys for name, keys in written.items()})
-            write_json(work / part.name / "config.json", dict(part.config))
-        for name, content in (documents or {}).items():
+            if part.config:
+                write_json(work / part.name / "config.json", dict(part.config))
+        for name, content in pipeline.documents.items():
             (work / name).parent.mkdir(exist_ok=True)
             write_json(work / name, dict(content))
-        kinds = {part.name: list(part.kind) for part in components}
-        write_json(work / PIPELINE, {**(index or {}), **kinds})
+        kinds = {part.name: list(part.kind) for part in components if part.kind is not None}
+        write_json(work / PIPELINE, {**pipeline.index, **kinds})
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export_pipeline")
     return Exported(files, nbytes)

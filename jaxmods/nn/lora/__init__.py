@@ -36,6 +36,9 @@ From a system's side, adapters are a tree of their own beside the untouched base
 Adapters compute in their own dtype, so a system decides by what it hands over (the training step
 casts everything to `Precision.compute`); masters are fp32 like all trained parameters.
 
+A system names its adapters once, as an `AdapterMap`; whatever reads, writes or merges them outside
+of it goes by that. Below it:
+
     loaded = lora.load("folder", base, [Published(weight_map)])     # PEFT, diffusers or kohya
     lora.save("folder", adapters, config, base, [Published(weight_map)], dialect="diffusers")
 
@@ -56,13 +59,16 @@ from jaxmods.nn.lora.adapters import (
     sites,
     unmerge,
 )
+from jaxmods.nn.lora.binding import AdapterMap
 from jaxmods.nn.lora.entries import entries
 from jaxmods.nn.lora.export import save
-from jaxmods.nn.lora.files import Dialect, Loaded, load
+from jaxmods.nn.lora.files import DIALECTS, Dialect, Loaded, load, weight_file
 from jaxmods.nn.lora.modules import Published, targets_of
 
 __all__ = [
     "DEFAULT",
+    "DIALECTS",
+    "AdapterMap",
     "Dialect",
     "Factors",
     "Loaded",
@@ -81,4 +87,5 @@ __all__ = [
     "sites",
     "targets_of",
     "unmerge",
+    "weight_file",
 ]

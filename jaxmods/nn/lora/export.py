@@ -155,7 +155,7 @@ def _statement(
         "peft_type": "LORA",
         "r": common,
         "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in other.items()},
-        "target_modules": _targets(set(pairs), universe),
+        "target_modules": target_modules(set(pairs), universe),
         "task_type": None,
         "use_dora": False,
         "use_rslora": config.rslora,
@@ -172,13 +172,19 @@ def _weight_names(part: Published, base: Params) -> list[str]:
     ]
 
 
-def _targets(wanted: set[str], universe: Iterable[str]) -> list[str] | str:
-    """Short suffixes where they hit exactly the wanted modules, else one regular expression."""
-    suffixes = {re.split(r"\.\d+\.", name, maxsplit=1)[-1] for name in wanted}
+def target_modules(wanted: set[str], universe: Iterable[str]) -> list[str] | str:
+    """What PEFT calls these modules: short suffixes where they hit exactly the wanted ones among
+    all modules of the model, else one regular expression."""
+    suffixes = {module_end(name) for name in wanted}
     hit = {n for n in universe if any(n == s or n.endswith(f".{s}") for s in suffixes)}
     if hit == wanted:
         return sorted(suffixes)
     return "|".join(re.escape(name) for name in sorted(wanted))
+
+
+def module_end(name: str) -> str:
+    """A module's name from within its block: "attn.to_q" of "blocks.3.attn.to_q"."""
+    return re.split(r"\.\d+\.", name, maxsplit=1)[-1]
 
 
 def _write(

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from jaxmods.weights.map import unflatten
 from jaxmods.weights.reader import WeightReader, open_weights
 
 Dialect = Literal["peft", "diffusers", "kohya"]
+DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 AlphaFrom = Literal["metadata", "config", "keys", "given", "assumed"]
 
 PEFT_FILE = "adapter_model.safetensors"
@@ -132,7 +133,7 @@ def load(
       WeightError: not every key belongs to a module of the model; sizes of another model; half of
         a pair; what is no plain LoRA.
     """
-    reader = source if isinstance(source, WeightReader) else open_weights(_file(Path(source)))
+    reader = source if isinstance(source, WeightReader) else open_weights(weight_file(Path(source)))
     ignored = tuple(k for k in reader.tensors if any(fnmatchcase(k, p) for p in ignore))
     tensors = {k: t for k, t in reader.tensors.items() if k not in set(ignored)}
     known = [modules(names, base) for names in published]
@@ -177,7 +178,7 @@ def load(
     return Loaded({name: unflatten(leaves)}, config, dialect, origin, len(pairs), ignored)
 
 
-def _file(path: Path) -> Path:
+def weight_file(path: Path) -> Path:
     """The weight file of a folder, by the names of the dialects; else whatever is there alone."""
     for name in (PEFT_FILE, DIFFUSERS_FILE):
         if path.is_dir() and (path / name).exists():

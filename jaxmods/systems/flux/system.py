@@ -25,10 +25,10 @@ from jaxmods.systems.flux.base import FluxBase, Prompt, to_display
 from jaxmods.systems.flux.flops import encoder_flops, step_flops, text_flops
 from jaxmods.systems.flux.objective import Draws, Scheme, draw, flow_loss
 from jaxmods.systems.flux.sample import Sampling, generate
-from jaxmods.systems.flux.weights import base_map, components, hub_config, scheduler_config
+from jaxmods.systems.flux.weights import base_map, hub_config, hub_pipeline
 from jaxmods.weights import WeightMap
 from jaxmods.weights.convert import Exported
-from jaxmods.weights.pipeline import export_pipeline
+from jaxmods.weights.pipeline import HubPipeline, export_pipeline
 from jaxmods.weights.writer import Progress
 
 
@@ -193,6 +193,10 @@ class Flux(System):
         """`config.json` of every component of the folder, by name."""
         return hub_config(self.base)
 
+    def hub_pipeline(self) -> HubPipeline:
+        """A diffusers folder."""
+        return hub_pipeline(self.base, "FluxPipeline")
+
     def save_pipeline(
         self,
         params: Params,
@@ -206,10 +210,8 @@ class Flux(System):
         return export_pipeline(
             params,
             self.weights(),
-            components(self.base),
+            self.hub_pipeline(),
             folder,
-            index={"_class_name": "FluxPipeline"},
-            documents={"scheduler/scheduler_config.json": scheduler_config(self.base)},
             dtype=dtype,
             overwrite=overwrite,
             progress=progress,

@@ -19,10 +19,10 @@ from jaxmods.backbones.t5.weights import t5_map
 from jaxmods.nn import lora
 from jaxmods.nn.stack import Execution
 from jaxmods.partitioning import unbox
-from jaxmods.system import Params
+from jaxmods.system import Params, System
 from jaxmods.systems.flux.base import FluxBase, init_transformer
 from jaxmods.weights import Drop, WeightMap
-from jaxmods.weights.pipeline import Component
+from jaxmods.weights.pipeline import Component, HubPipeline
 
 KONTEXT = "black-forest-labs/FLUX.1-Kontext-dev"
 DEV = "black-forest-labs/FLUX.1-dev"
@@ -112,6 +112,42 @@ def scheduler_config(base: FluxBase) -> dict[str, Any]:
         "time_shift_type": s.time_shift_type,
         "shift_terminal": s.shift_terminal,
     }
+
+
+def hub_pipeline(base: FluxBase, class_name: str) -> HubPipeline:
+    """A pipeline of these sizes; `class_name` is diffusers' class for it."""
+    return HubPipeline(
+        components(base),
+        {"_class_name": class_name},
+        {"scheduler/scheduler_config.json": scheduler_config(base)},
+    )
+
+
+def adapter_map(
+    base: FluxBase,
+    config: lora.LoraConfig,
+    merged: System,
+    base_model: str,
+    *,
+    settings: str = "system.adapters",
+) -> lora.AdapterMap:
+    """Adapters `params["lora"]` on the transformer, in files as FLUX's are: diffusers' names, and
+    those of the original code with its fused projections in kohya's.
+
+    Args:
+      config: targets as paths within the transformer.
+      merged: the system without adapters.
+      base_model: `KONTEXT` or `DEV`.
+      settings: where a recipe keeps rank and targets.
+    """
+    return lora.AdapterMap(
+        config,
+        (published(base.transformer),),
+        merged,
+        kohya=(lora.Published(flux_map(base.transformer, "bfl")),),
+        base_model=base_model,
+        settings=settings,
+    )
 
 
 def hub_config(base: FluxBase) -> dict[str, Any]:

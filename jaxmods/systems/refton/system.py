@@ -36,6 +36,7 @@ from jaxmods.systems.refton.layout import (
     tokens,
 )
 from jaxmods.weights import WeightMap
+from jaxmods.weights.pipeline import HubPipeline
 
 # Modules that are adapted (official `target_modules`): all projections of attention but the single
 # blocks' output, and all MLPs but the single blocks' second layer.
@@ -167,11 +168,11 @@ class RefTon(System):
         return params
 
     def init_state(self, params: Params) -> State:
-        """The prompt's features, where there are text encoders to make them."""
+        """The prompt's features in float32, where there are text encoders to make them."""
         if self.base.encoders is None:
             return {}
-        states, pooled = self.prompt(params)
-        return {"prompt": {"states": states[0], "pooled": pooled[0]}}
+        features = {name: x[0] for name, x in self.prompt(params)._asdict().items()}
+        return {"prompt": {name: x.astype(jnp.float32) for name, x in features.items()}}
 
     def labels(self, params: Params) -> dict[str, Any]:
         """The adapters train, or the transformer where there are none; all else is frozen."""
@@ -414,6 +415,14 @@ class RefTon(System):
     def hub_config(self) -> dict[str, Any]:
         """`config.json` of every component of the folder, by name."""
         return hub_config(self.base)
+
+    def hub_pipeline(self) -> HubPipeline | None:
+        """A diffusers folder; None with adapters, for which such a folder has no place."""
+        return None if self.adapters is not None else weights.pipeline(self.base)
+
+    def adapter_map(self) -> lora.AdapterMap | None:
+        """The adapters on the transformer."""
+        return weights.adapter_map(self)
 
     def complete_import(self, params: Params, missing: frozenset[str]) -> Params:
         """Fresh adapters for a base that has none; see `weights.complete`."""

@@ -9,28 +9,29 @@ says.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
-import numpy as np
 from jax.typing import DTypeLike
 
 from jaxmods.nn import lora
 from jaxmods.partitioning import unbox
 from jaxmods.system import Params
+from jaxmods.systems.flux import weights as flux
+from jaxmods.systems.flux.base import FluxBase
 from jaxmods.systems.flux.weights import (
     KONTEXT,
     abstract_transformer,
     base_map,
-    components,
+    hub_pipeline,
     published,
-    scheduler_config,
 )
+from jaxmods.systems.refton import prompt
 from jaxmods.weights import Drop, Entry, WeightError, WeightMap
 from jaxmods.weights.convert import Exported
-from jaxmods.weights.map import flatten
-from jaxmods.weights.pipeline import export_pipeline
+from jaxmods.weights.pipeline import Component, HubPipeline, export_pipeline
 from jaxmods.weights.writer import Progress
 
 if TYPE_CHECKING:
@@ -103,51 +104,30 @@ def fresh_adapters(system: RefTon) -> Params:
     return unbox(lora.init(key, boxed, config))
 
 
+def adapter_map(system: RefTon) -> lora.AdapterMap | None:
+    """Files of adapters as the official training writes and reads them."""
+    config = system.lora_config
+    if config is None:
+        return None
+    merged = dataclasses.replace(system, adapters=None)
+    return flux.adapter_map(system.base, config, merged, KONTEXT)
+
+
 def load_adapters(
     system: RefTon, params: Params, source: str | Path, *, alpha: float | None = None
 ) -> Params:
-    """`params` with the adapters of a file in place of their own.
-
-    The file's scale may differ from the recipe's: it is carried over into the factors, so that
-    their product stays what it is.
-
-    Args:
-      system: its adapters have the file's rank and modules.
-      params: parameters of `system`.
-      source: a file or its folder, in the layout of diffusers, PEFT or kohya.
-      alpha: takes the place of what the file says, or does not say.
+    """`params` with the adapters of a file in place of their own; see `lora.AdapterMap.read`.
 
     Raises:
-      WeightError: the file is of another model, of another rank, or adapts other modules.
+      WeightError: also where the recipe trains the whole transformer.
     """
-    config = system.lora_config
-    if config is None:
+    adapters = adapter_map(system)
+    if adapters is None:
         raise WeightError(
             f"{source}: this recipe trains the whole transformer (adapters=None), expected one "
             "with adapters"
         )
-    found = lora.load(
-        source, params["transformer"], [published(system.base.transformer)], alpha=alpha
-    )
-    if found.config.rank != config.rank:
-        raise WeightError(
-            f"{source}: expected adapters of rank {config.rank}, found {found.config.rank}; set "
-            f"system.adapters.rank={found.config.rank}"
-        )
-    theirs, ours = flatten(found.adapters), flatten(params["lora"])
-    if different := sorted(set(theirs) ^ set(ours)):
-        raise WeightError(
-            f"{source}: expected the modules of system.adapters.targets, found a difference in "
-            f"{len(different)} factors, as {different[0]}; set system.adapters.targets"
-        )
-    factor = np.float32(found.config.scale / config.scale)
-    name = next(iter(found.adapters))
-
-    def scaled(path: tuple[jax.tree_util.DictKey, ...], value: np.ndarray) -> np.ndarray:
-        return value * factor if path[-1].key == "b" and factor != 1 else value
-
-    tree = jax.tree_util.tree_map_with_path(scaled, found.adapters[name])
-    return {**params, "lora": {lora.DEFAULT: tree}}
+    return {**params, adapters.under: adapters.read(source, params, alpha=alpha).adapters}
 
 
 def save_adapters(
@@ -160,33 +140,25 @@ def save_adapters(
     overwrite: bool = False,
 ) -> dict[str, int]:
     """The adapters as the official training writes them: `pytorch_lora_weights.safetensors` with
-    rank, alpha and targets in its header. `load_lora_weights` of a diffusers pipeline reads it.
-
-    Args:
-      dialect: see `jaxmods.nn.lora.save`.
-      dtype: of the tensors; None for that of the adapters. The official files are bf16.
-      overwrite: replace what is at `folder`.
-
-    Returns:
-      Rank by module.
+    rank, alpha and targets in its header; see `lora.AdapterMap.write`. `load_lora_weights` of a
+    diffusers pipeline reads it. The official files are bf16.
 
     Raises:
       WeightError: no adapters, or the folder is taken.
     """
-    config = system.lora_config
-    if config is None:
+    adapters = adapter_map(system)
+    if adapters is None:
         raise WeightError("RefTon export: this recipe has no adapters; export the pipeline")
-    return lora.save(
-        folder,
-        params["lora"],
-        config,
-        abstract_transformer(system.base.transformer),
-        [published(system.base.transformer)],
-        dialect=dialect,
-        base_model=KONTEXT,
-        dtype=dtype,
-        overwrite=overwrite,
-    )
+    return adapters.write(folder, params, dialect=dialect, dtype=dtype, overwrite=overwrite)
+
+
+def pipeline(base: FluxBase) -> HubPipeline:
+    """A diffusers folder; the features of the prompt stand in it where text encoders do not."""
+    whole = hub_pipeline(base, "FluxKontextPipeline")
+    if base.encoders is not None:
+        return whole
+    features = Component(prompt.FOLDER, None, {})
+    return dataclasses.replace(whole, components=(*whole.components, features))
 
 
 def save_pipeline(
@@ -205,17 +177,16 @@ def save_pipeline(
     Raises:
       WeightError: the folder is taken, or the disk too small.
     """
-    base, config = system.base, system.lora_config
-    parts = {name: params[name] for name in params if name not in ("lora", "prompt")}
-    if merged and config is not None:
-        parts["transformer"] = lora.merge(parts["transformer"], params["lora"], config)
+    adapters = adapter_map(system)
+    plain = system if adapters is None else adapters.merged
+    if adapters is not None:
+        rest = {name: tree for name, tree in params.items() if name != adapters.under}
+        params = adapters.merge(params, dtype=dtype) if merged else rest
     return export_pipeline(
-        parts,
-        base_map(base),
-        components(base),
+        params,
+        plain.weights(),
+        pipeline(system.base),
         folder,
-        index={"_class_name": "FluxKontextPipeline"},
-        documents={"scheduler/scheduler_config.json": scheduler_config(base)},
         dtype=dtype,
         overwrite=overwrite,
         progress=progress,
