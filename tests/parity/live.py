@@ -65,7 +65,9 @@ def assert_round_trip(state: Mapping[str, np.ndarray], weight_map: WeightMap, ab
     for key, value in state.items():
         assert back[key].dtype == value.dtype
         assert back[key].tobytes() == np.ascontiguousarray(value).tobytes(), key
-    first = next(k for k in state if k.endswith(("norm1.weight", "layer_norm.weight")))
+    first = next(
+        k for k in state if k.endswith(("norm1.weight", "layer_norm.weight", "layernorm.weight"))
+    )
     with pytest.raises(WeightError, match=r"1 extra"):
         imported({**state, "no_such.weight": state[first]}, weight_map, abstract)
     with pytest.raises(WeightError, match=r"1 missing"):
