@@ -177,7 +177,7 @@ def cut(tokens: jax.Array, lengths: jax.Array) -> list[list[int]]:
     ("kind", "searches"),
     [
         ("llama", [(1.0, False), (-1.0, False), (2.0, True)]),
-        ("qwen2 tied", [(1.0, False)]),
+        ("qwen2 tied", [(-1.0, False)]),
     ],
     ids=["llama", "qwen2 with two stop tokens"],
 )
