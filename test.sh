@@ -19,4 +19,5 @@ fi
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy"
-"$bin/python" -m pytest "${select[@]}" "$@"
+# Two at a time; worksteal keeps tests of one file, which share compiled programs, together.
+"$bin/python" -m pytest -n 2 --dist worksteal "${select[@]}" "$@"
