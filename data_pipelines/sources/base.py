@@ -55,7 +55,7 @@ class Source(abc.ABC, Generic[R_co]):
     def fingerprint(self) -> str:
         """Short hash of what is read (names, sizes, options; not contents)."""
 
-    def report(self) -> dict[str, int]:
+    def report(self) -> dict[str, Any]:
         """What opening the source found, by name ("records", "matched", "missing", ...)."""
         return {"records": len(self)}
 

@@ -1,0 +1,241 @@
+"""Examples that were encoded once (latents, text features): named arrays in ArrayRecord files.
+
+A batch is those arrays, stacked. Whatever made them is said in `about.json` beside the files, and
+is part of the fingerprint that runs compare: other weights, another size or dtype is other data.
+
+    write_encoded(examples, "data/encoded", {"encoder": "FLUX.1-dev", "sha256": ..., "size": 1024})
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import ml_dtypes
+import msgpack
+import numpy as np
+
+from data_pipelines.batch import DataError, HostBatch, Pipeline
+from data_pipelines.records import BadRecordError
+from data_pipelines.sampling import Made, Reading, Recipe, Tolerance, host_batches
+from data_pipelines.sources.array_record import ABOUT, SUFFIX
+from data_pipelines.sources.base import (
+    Mixture,
+    Source,
+    describe_sources,
+    digest,
+    files_digest,
+    settings_of,
+    sources_of,
+    weights_of,
+)
+
+_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedRecord:
+    """One example: its id, and arrays by name without a batch dimension."""
+
+    id: str
+    arrays: Arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded(Source[EncodedRecord]):
+    """Examples written by `write_encoded`; `path` is their folder."""
+
+    path: str
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).name
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are."""
+        return Path(self.path).expanduser()
+
+    @functools.cached_property
+    def about(self) -> dict[str, Any]:
+        """What is written beside the files. Raises DataError when it is not there."""
+        path = self.folder / ABOUT
+        if not path.is_file():
+            raise DataError(
+                f"{self.folder}: expected encoded examples ({ABOUT} and *{SUFFIX}), found none; "
+                "encode the data first, or set data.source.path"
+            )
+        try:
+            about = json.loads(path.read_text("utf-8"))
+            return {"records": int(about["records"]), "arrays": dict(about["arrays"]), **about}
+        except (ValueError, KeyError, TypeError) as e:
+            raise DataError(
+                f"{path}: expected what write_encoded writes, found something else: {e!r}"
+            ) from e
+
+    @functools.cached_property
+    def _records(self) -> grain.sources.ArrayRecordDataSource:
+        expected = self.about["records"]
+        try:
+            records = grain.sources.ArrayRecordDataSource([str(p) for p in self._files])
+        except (RuntimeError, ValueError) as e:
+            raise DataError(f"{self.folder}: cannot open as ArrayRecord: {e}") from e
+        if len(records) != expected:
+            raise DataError(
+                f"{self.folder}: expected {expected:,} examples as {ABOUT} says, found "
+                f"{len(records):,}; are all files there?"
+            )
+        return records
+
+    @property
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob(f"*{SUFFIX}"))
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> EncodedRecord:
+        try:
+            fields = msgpack.unpackb(self._records[index], raw=False)
+            return EncodedRecord(fields["id"], {k: _unpack(v) for k, v in fields["arrays"].items()})
+        except (ValueError, KeyError, TypeError, msgpack.UnpackException) as e:
+            raise BadRecordError("malformed_record", f"record {index} of {self.folder}: {e}") from e
+
+    def report(self) -> dict[str, Any]:
+        """What made the examples, and how many there are."""
+        return {**self.about, "records": len(self)}
+
+    def fingerprint(self) -> str:
+        return digest(self.about, files_digest(self._files))
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedPipeline(Pipeline):
+    """Batches of encoded examples, shuffled.
+
+    Attributes:
+      source: the examples, or several sources with weights.
+      tolerance: how many unusable records a run accepts. reading: threads and worker processes.
+    """
+
+    source: Encoded | Mixture
+    tolerance: Tolerance = dataclasses.field(default_factory=Tolerance)
+    reading: Reading = dataclasses.field(default_factory=Reading)
+
+    def batches(
+        self,
+        *,
+        global_batch: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        start_step: int = 0,
+    ) -> Iterator[HostBatch]:
+        """See `Pipeline.batches`."""
+        return host_batches(
+            Recipe(sources_of(self.source), weights_of(self.source), _make, _collate),
+            global_batch=global_batch,
+            seed=seed,
+            process_index=process_index,
+            process_count=process_count,
+            start_step=start_step,
+            reading=self.reading,
+            tolerance=self.tolerance,
+        )
+
+    def fingerprint(self) -> str:
+        sources = [source.fingerprint() for source in sources_of(self.source)]
+        settings = settings_of(self, "source", "tolerance", "reading")
+        return digest(sources, weights_of(self.source), settings)
+
+    def describe(self) -> dict[str, Any]:
+        """What made the examples, and how many there are."""
+        return describe_sources(sources_of(self.source))
+
+
+def write_encoded(
+    examples: Iterable[EncodedRecord],
+    folder: str | Path,
+    facts: Mapping[str, Any],
+    *,
+    per_file: int = 1000,
+) -> int:
+    """Writes examples into a new folder.
+
+    Args:
+      examples: all with arrays of the same names, shapes and dtypes.
+      folder: must not hold such files.
+      facts: what made them: weights and their digest, sizes, dtype. Part of the fingerprint.
+      per_file: examples in a file.
+
+    Returns:
+      How many were written.
+
+    Raises:
+      DataError: the folder is taken, there are no examples, or one differs from the first.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.glob(f"*{SUFFIX}")):
+        raise DataError(f"{folder}: already holds {SUFFIX} files; give another folder")
+    shapes: dict[str, list[Any]] = {}
+    writer, partial, written, number = None, folder, 0, 0
+    for example in examples:
+        found = {k: [v.dtype.name, list(v.shape)] for k, v in example.arrays.items()}
+        shapes = shapes or found
+        if found != shapes:
+            raise DataError(f"{folder}: {example.id}: expected arrays {shapes}, found {found}")
+        if writer is None:
+            partial = folder / f".examples-{number:05d}.partial"
+            writer = _writer(partial)
+        packed = {k: _pack(v) for k, v in example.arrays.items()}
+        writer.write(msgpack.packb({"id": example.id, "arrays": packed}, use_bin_type=True))
+        written += 1
+        if written % per_file == 0:
+            number, writer = _finish(writer, partial, folder, number), None
+    if writer is not None:
+        _finish(writer, partial, folder, number)
+    if not written:
+        raise DataError(f"{folder}: expected at least one example, found none")
+    about = {**facts, "records": written, "arrays": shapes}
+    (folder / ABOUT).write_text(json.dumps(about, indent=1, ensure_ascii=False), "utf-8")
+    return written
+
+
+def _finish(writer: Any, partial: Path, folder: Path, number: int) -> int:
+    """Gives a complete file its name; the number of the next one."""
+    writer.close()
+    os.replace(partial, folder / f"examples-{number:05d}{SUFFIX}")
+    return number + 1
+
+
+def _writer(path: Path) -> Any:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    return ArrayRecordWriter(str(path), "group_size:1")
+
+
+def _pack(array: np.ndarray) -> list[Any]:
+    return [array.dtype.name, list(array.shape), np.ascontiguousarray(array).tobytes()]
+
+
+def _unpack(fields: Sequence[Any]) -> np.ndarray:
+    name, shape, data = fields
+    return np.frombuffer(data, _DTYPES.get(name) or np.dtype(name)).reshape(shape)
+
+
+def _make(record: EncodedRecord, rng: np.random.Generator) -> Made[Arrays]:
+    del rng
+    return Made(record.arrays)
+
+
+def _collate(examples: Sequence[Arrays]) -> tuple[Arrays, dict[str, int]]:
+    return {name: np.stack([e[name] for e in examples]) for name in examples[0]}, {}
