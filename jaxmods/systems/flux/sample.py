@@ -21,9 +21,9 @@ class Sampling:
     Attributes:
       steps: model evaluations of a whole run from noise.
       guidance: scale for the guidance embedding; there is no second evaluation.
-      strength: 1 starts from noise. Less skips the first steps, all but this share, and starts from
-        a picture with as much noise, so that more of the picture is kept (as diffusers'
-        image-to-image pipelines do).
+      strength: 1 starts from noise. Less skips the first steps, all but this share (rounded up),
+        and starts from a picture with as much noise, so that more of the picture is kept (as
+        diffusers' image-to-image pipelines do).
     """
 
     steps: int = 28
@@ -31,9 +31,9 @@ class Sampling:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 < self.strength <= 1 or int(self.steps * self.strength) < 1:
+        if self.steps < 1 or not 0 < self.strength <= 1:
             raise ValueError(
-                "Sampling: expected steps >= 1, 0 < strength <= 1 and steps * strength >= 1, found "
+                "Sampling: expected steps >= 1 and 0 < strength <= 1, found "
                 f"steps={self.steps}, strength={self.strength}"
             )
 
