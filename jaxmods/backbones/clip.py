@@ -233,11 +233,15 @@ class _Blocks(nn.Module):
                 self, "blocks", lambda rng: template.init(rng, sample)["params"], self.layers - 1
             )
 
-    def before_last(self, x_BTD: jax.Array) -> jax.Array:
-        """Input of the last block."""
+    def before_last(self, x_BTD: jax.Array, blocks: int | None = None) -> jax.Array:
+        """Input of the last block; or of block number `blocks` (0 is the first), which must not be
+        a later one."""
         x_BTD = constrain(x_BTD, ("batch", "seq", None))
-        if self.rest is None:
+        if self.rest is None or blocks == 0:
             return x_BTD
+        params = self.rest
+        if blocks is not None and blocks < self.layers - 1:
+            params = jax.tree.map(lambda leaf: leaf[:blocks], params)
         template = self.block.clone(parent=None)
 
         def block(params: Any, x: jax.Array) -> Any:
@@ -245,7 +249,7 @@ class _Blocks(nn.Module):
 
         return run(
             block,
-            self.rest,
+            params,
             x_BTD,
             policy=self.execution.remat,
             unroll=self.execution.unroll,
@@ -295,6 +299,32 @@ class VisionTower(nn.Module):
         Returns:
           [B, 1 + rows * columns, D].
         """
+        return self.encoder.before_last(self._embedded(image))
+
+    def hidden(self, image: jax.Array, layer: int) -> jax.Array:
+        """transformers' `hidden_states[layer]`: -1 after the last block (not normed), -2 before it.
+
+        Args:
+          image: as for `trunk`. layer: -(layers + 1) to layers; 0 is the input of the first block.
+
+        Returns:
+          [B, 1 + rows * columns, D].
+
+        Raises:
+          ValueError: there is no such layer.
+        """
+        blocks = layer if layer >= 0 else self.config.layers + 1 + layer
+        if not 0 <= blocks <= self.config.layers:
+            raise ValueError(
+                f"vision tower: expected layer {-self.config.layers - 1} to {self.config.layers}, "
+                f"found {layer}"
+            )
+        if blocks == self.config.layers:
+            return self.last_hidden(self.trunk(image))
+        return self.encoder.before_last(self._embedded(image), blocks)
+
+    def _embedded(self, image: jax.Array) -> jax.Array:
+        """Input of the first block."""
         side = self.config.patch_size
         dtype = self.patch_embedding.dtype
         batch, rows, columns = image.shape[0], image.shape[1] // side, image.shape[2] // side
@@ -305,7 +335,7 @@ class VisionTower(nn.Module):
         )
         first = jnp.broadcast_to(self.class_embedding, (batch, 1, self.config.width))
         x = jnp.concatenate([first, tokens], axis=1) + self._positions(rows, columns)
-        return self.encoder.before_last(self.pre_norm(x))
+        return self.pre_norm(x)
 
     def pooled(self, trunk: jax.Array) -> jax.Array:
         """Normed class token after the last block: [B, T, D] -> [B, D]."""
