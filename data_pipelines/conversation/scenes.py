@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 from data_pipelines.conversation.pictures import frame_box
 from data_pipelines.conversation.records import PLACEHOLDER, ConversationRecord, Turn
 from data_pipelines.conversation.workflows import grounding_query
+from data_pipelines.records import BadRecordError
 from data_pipelines.scenes.captions import long_caption, short_caption
 from data_pipelines.scenes.draws import Draws
 from data_pipelines.scenes.graph import Relation, Scene, SceneObject, relation, sample_scene
@@ -47,6 +48,8 @@ CHANCE: dict[str, float] = {
     "relation": 0.5,
 }
 
+_DRAWS = 200  # for the questions of one record
+
 _STREAM = 300
 _NUMBERS = {3: "three", 4: "four", 5: "five", 6: "six"}
 _RELATIONS: dict[Relation, str] = {
@@ -61,7 +64,7 @@ _OPPOSITE: dict[Relation, Relation] = {
 
 @dataclasses.dataclass(frozen=True)
 class SceneDialogues(Source[ConversationRecord]):
-    """One question with its answer for each of `count` scenes from index `start` on.
+    """Questions with their answers for each of `count` scenes from index `start` on.
 
     Attributes:
       seed: of the world. start: first index (hold out from `HELD_OUT`). count: number of records.
@@ -69,6 +72,8 @@ class SceneDialogues(Source[ConversationRecord]):
       kinds: kinds of question, drawn evenly (one that a scene cannot ask is drawn again).
       told: instead of the picture, the scene's long caption stands before the question: reading
         exercises for a language model without eyes. Not for "ground".
+      questions: different questions of one record, fewer where a scene has no more; `extra`
+        speaks of the last.
     """
 
     seed: int = 0
@@ -77,6 +82,7 @@ class SceneDialogues(Source[ConversationRecord]):
     image_size: int = 64
     kinds: tuple[Kind, ...] = QUESTIONS
     told: bool = False
+    questions: int = 1
 
     def __post_init__(self) -> None:
         unknown = [k for k in self.kinds if k not in KINDS]
@@ -86,6 +92,10 @@ class SceneDialogues(Source[ConversationRecord]):
             )
         if self.told and "ground" in self.kinds:
             raise ValueError("SceneDialogues: told=True has no boxes; leave out the kind ground")
+        if self.questions < 1:
+            raise ValueError(
+                f"SceneDialogues.questions: expected 1 or more, found {self.questions}"
+            )
 
     @property
     def name(self) -> str:
@@ -96,27 +106,42 @@ class SceneDialogues(Source[ConversationRecord]):
 
     def __getitem__(self, index: int) -> ConversationRecord:
         """Record `index`; its `extra` holds "task", "kind", and for "ground" also "box" (pixels),
-        "width" and "height"."""
+        "width" and "height".
+
+        Raises:
+          BadRecordError: no_question, a scene about which nothing of these kinds can be asked.
+        """
         if not 0 <= index < self.count:
             raise IndexError(f"SceneDialogues: expected 0 <= index < {self.count}, found {index}")
         scene = sample_scene(self.seed, self.start + index)
         draws = Draws(self.seed, self.start + index, _STREAM)
         views = None if self.told else render(scene, self.image_size)
-        found = None
-        while found is None:
+        turns: list[Turn] = []
+        extra: dict[str, Any] = {}
+        asked: set[str] = set()
+        for _ in range(_DRAWS):
+            if len(asked) == self.questions:
+                break
             kind = draws.choice(self.kinds)
             if kind == "ground" and views is not None:
                 found = _ground(scene, views.boxes, self.image_size, draws)
             else:
                 found = _question(scene, kind, draws)
-        question, answer, extra = found
-        lead = long_caption(scene) if self.told else PLACEHOLDER
-        task = "Text" if self.told else "G" if kind == "ground" else "MM"
+            if found is None or found[0] in asked:
+                continue
+            question, answer, more = found
+            task = "Text" if self.told else "G" if kind == "ground" else "MM"
+            extra = {"task": task, "kind": kind, **more}
+            asked.add(question)
+            lead = f"{long_caption(scene) if self.told else PLACEHOLDER}\n" if not turns else ""
+            turns += [Turn("user", lead + question), Turn("assistant", answer)]
+        if not turns:
+            raise BadRecordError("no_question", f"nothing of kinds {self.kinds} to ask")
         return ConversationRecord(
             id=self.record_id(index),
-            turns=(Turn("user", f"{lead}\n{question}"), Turn("assistant", answer)),
+            turns=tuple(turns),
             images=() if views is None else (views.image,),
-            extra={"task": task, "kind": kind, **extra},
+            extra=extra,
         )
 
     def record_id(self, index: int) -> str:

@@ -1,0 +1,287 @@
+"""Recipes of IAA (arXiv 2408.12902; official code 360CVGroup/Inner-Adaptor-Architecture).
+
+`tiny_base` and `tiny` run on a laptop. The others are the published stages; the training code was
+not published, and ASSUMPTION marks what neither the paper's tables nor the code state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from data_pipelines.conversation import ConversationPipeline, ConversationRecord, Framing, Llama3
+from data_pipelines.conversation.llava_json import LlavaJson
+from data_pipelines.conversation.scenes import KINDS, SceneDialogues, SceneTexts
+from data_pipelines.conversation.templates import Plain, Template
+from data_pipelines.conversation.tokenizer import BEGIN
+from data_pipelines.protocols.answers import ChatReading
+from data_pipelines.protocols.questions import Questions
+from data_pipelines.protocols.referring import Referring
+from data_pipelines.scenes.source import HELD_OUT
+from data_pipelines.sources.base import Mixture, Source
+from jaxmods.backbones.clip import VisionConfig
+from jaxmods.backbones.llama import LlamaConfig
+from jaxmods.nn.stack import Execution
+from jaxmods.partitioning import MeshShape
+from jaxmods.systems.iaa import IAA_8, Iaa
+from jaxmods.systems.iaa.system import ADAPTOR
+from train.experiment import (
+    Checkpointing,
+    Evaluation,
+    Experiment,
+    Init,
+    Logging,
+    Optim,
+    Precision,
+)
+
+
+def pipeline(
+    system: Iaa,
+    source: Source[ConversationRecord] | Mixture,
+    *,
+    tokenizer: str,
+    template: Template,
+    blind: bool = False,
+) -> ConversationPipeline:
+    """The pipeline whose batches are those of `system`."""
+    pictures = system.branch != "Text"
+    return ConversationPipeline(
+        source,
+        tokenizer=tokenizer,
+        template=template,
+        framing=_framing(system),
+        image_tokens=system.image_tokens if pictures else 0,
+        max_images=system.max_images if pictures else 0,
+        max_tokens=system.max_tokens,
+        blind=blind,
+    )
+
+
+def reading(system: Iaa, *, tokenizer: str, template: Template, blind: bool = False) -> ChatReading:
+    """How protocols ask the functions of `system`."""
+    return ChatReading(
+        tokenizer=tokenizer,
+        template=template,
+        framing=_framing(system),
+        image_tokens=system.image_tokens,
+        max_images=system.max_images,
+        prompt_tokens=system.prompt_tokens,
+        blind=blind,
+    )
+
+
+def _framing(system: Iaa) -> Framing:
+    return Framing(336 if system.vision is None else system.vision.image_size)
+
+
+# The laptop recipes -----------------------------------------------------------------------------
+
+SHORT = Llama3(system="")  # the published system message would be half of a tiny sequence
+VOCABULARY = 768  # of the packaged tokenizer; its first six ids are the special tokens
+END_OF_TEXT, END_OF_TURN = 1, 4
+
+TINY_LLAMA = LlamaConfig(
+    vocab_size=VOCABULARY,
+    width=96,
+    layers=3,
+    heads=3,
+    kv_heads=1,
+    head_dim=32,
+    mlp=256,
+    rope_theta=10000.0,
+    max_positions=512,
+    bos_id=0,
+    eos_ids=(END_OF_TURN,),
+)
+TINY_BASE = Iaa(
+    llama=TINY_LLAMA,
+    vision=None,
+    insert_after=(),
+    branches=(),
+    branch="Text",
+    trains=("base",),
+    max_tokens=160,
+    prompt_tokens=128,
+    new_tokens=32,
+    stop_ids=(END_OF_TURN,),
+    pad_id=END_OF_TEXT,
+)
+# 64 tokens of 8 x 8 px. There is no pretrained tower to freeze, so it trains with the adaptor.
+TINY = dataclasses.replace(
+    TINY_BASE,
+    vision=VisionConfig(width=96, layers=3, heads=3, mlp=256, image_size=64, patch_size=8),
+    insert_after=(0, 1, 2),
+    branches=("MM",),
+    branch="MM",
+    trains=(*ADAPTOR, "vision"),
+    max_tokens=128,
+    prompt_tokens=48,
+    new_tokens=24,
+)
+
+
+def tiny_base() -> Experiment:
+    """A language model of the scene world without eyes: captions, and questions about them."""
+    return Experiment(
+        system=TINY_BASE,
+        data=pipeline(
+            TINY_BASE,
+            Mixture((SceneTexts(), SceneDialogues(told=True, questions=2)), (1.0, 3.0)),
+            tokenizer="scene",
+            template=SHORT,
+        ),
+        batch_size=16,
+        steps=1500,
+        optim=Optim(lr=2e-3, warmup_steps=100, b2=0.98, clip_norm=1.0),
+        checkpoint=Checkpointing(every=1000, keep=1),
+        logging=Logging(every=50),
+        notes="Export it (jaxmods export iaa/tiny_base) for iaa/tiny; LlamaForCausalLM loads it.",
+    )
+
+
+def tiny() -> Experiment:
+    """Adaptors in the frozen `tiny_base` learn to answer questions about scenes and to find things
+    in them, in minutes on a laptop."""
+    read = reading(TINY, tokenizer="scene", template=SHORT)
+    grey = dataclasses.replace(read, blind=True)
+    questions = SceneDialogues(start=HELD_OUT, count=768)
+    ground = SceneDialogues(start=HELD_OUT, count=256, kinds=("ground",))
+    return Experiment(
+        system=TINY,
+        data=pipeline(
+            TINY,
+            SceneDialogues(kinds=(*KINDS, "ground"), questions=3),
+            tokenizer="scene",
+            template=SHORT,
+        ),
+        batch_size=16,
+        steps=4000,
+        optim=Optim(lr=1e-3, warmup_steps=200, b2=0.98, clip_norm=1.0),
+        checkpoint=Checkpointing(every=1000, keep=1),
+        evaluation=Evaluation(
+            every=1000,
+            protocols=(
+                Questions(questions, read),
+                Questions(questions, grey),
+                Referring(ground, read, function="sample_mm"),
+                Referring(ground, grey, function="sample_mm"),
+            ),
+        ),
+        logging=Logging(every=50),
+        init=Init(weights="runs/iaa_tiny_base_hf"),
+        notes="One branch learns both here; chance is the most frequent answer, or the best box.",
+        shorthands=(("weights", ("init.weights",)),),
+    )
+
+
+# Published stages -------------------------------------------------------------------------------
+
+# One branch at a time is trained; the two are merged afterwards (`load_grounding`).
+IAA14 = Iaa(branches=("MM",), execution=Execution(remat="full"))
+IAA8 = dataclasses.replace(IAA14, insert_after=IAA_8)
+WEIGHTS = "weights/iaa-start"  # Llama-3-8B-Instruct and the CLIP tower in one folder
+
+
+def _stage(
+    system: Iaa,
+    source: Source[ConversationRecord],
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    template: Template,
+    weights: str,
+    notes: str,
+) -> Experiment:
+    """The common part; AdamW without decay, cosine, warm-up of 3 % (LLaVA 1.5's recipe)."""
+    return Experiment(
+        system=system,
+        data=pipeline(system, source, tokenizer=weights, template=template),
+        batch_size=batch_size,
+        steps=steps,
+        optim=Optim(lr=lr, warmup_steps=round(0.03 * steps), clip_norm=1.0),
+        mesh=MeshShape(data=1, fsdp=-1),
+        precision=Precision(params="float32", frozen="bfloat16", compute="bfloat16"),
+        checkpoint=Checkpointing(every=500, keep=2),
+        logging=Logging(every=10),
+        init=Init(weights=weights),
+        notes=notes,
+        shorthands=(
+            ("weights", ("init.weights", "data.tokenizer")),
+            ("data.path", ("data.source.path",)),
+            ("data.root", ("data.source.root",)),
+        ),
+    )
+
+
+def _pretrain(system: Iaa, lr: float, notes: str) -> Experiment:
+    return _stage(
+        system,
+        LlavaJson("data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json"),
+        steps=2180,  # one epoch of 558 K; ASSUMPTION: batch 256, 1 epoch (LLaVA 1.5)
+        batch_size=256,
+        lr=lr,
+        template=Plain(bos=BEGIN, end="\n"),
+        weights=WEIGHTS,
+        notes=notes,
+    )
+
+
+def pretrain_projector() -> Experiment:
+    """IAA-14, stage 1: the projector alone, on captions."""
+    system = dataclasses.replace(IAA14, trains=("projector",), max_tokens=256)
+    # ASSUMPTION: lr 1e-3, as LLaVA 1.5.
+    return _pretrain(system, 1e-3, "Branches start as copies of the base (ASSUMPTION).")
+
+
+def pretrain() -> Experiment:
+    """IAA-14, stage 2: the whole adaptor, on captions."""
+    system = dataclasses.replace(IAA14, max_tokens=256)
+    # ASSUMPTION: the same pairs, lr 2e-5; whether the branch's norm trains is not stated.
+    return _pretrain(system, 2e-5, "Starts from stage 1: --set weights=FOLDER.")
+
+
+def _instruct(system: Iaa) -> Experiment:
+    return _stage(
+        system,
+        LlavaJson("data/LLaVA-Instruct/llava_v1_5_mix665k.json"),
+        steps=5197,  # one epoch of 665 K; ASSUMPTION: batch 128, 1 epoch, lr 2e-5
+        batch_size=128,
+        lr=2e-5,
+        template=Llama3(),
+        weights="weights/iaa-pretrained",
+        notes="The paper's 1.5 M adds about 0.3 M records that are not published.",
+    )
+
+
+def instruct() -> Experiment:
+    """IAA-14, stage 3: instructions with pictures."""
+    return _instruct(IAA14)
+
+
+def instruct_8() -> Experiment:
+    """IAA-8, stage 3; the positions of its layers are an ASSUMPTION."""
+    return _instruct(IAA8)
+
+
+def _grounding(system: Iaa) -> Experiment:
+    return _stage(
+        system,
+        LlavaJson("data/grounding/rec_2m.json", task="G"),
+        steps=15_625,  # one epoch of 2 M; ASSUMPTION: as stage 3
+        batch_size=128,
+        lr=2e-5,
+        template=Llama3(),
+        weights="weights/iaa-instructed",
+        notes="ASSUMPTION: starts from stage 3; the 2 M referring expressions are not published.",
+    )
+
+
+def grounding() -> Experiment:
+    """IAA-14, stage 4: boxes; its branch becomes G of the published model (`load_grounding`)."""
+    return _grounding(IAA14)
+
+
+def grounding_8() -> Experiment:
+    """IAA-8, stage 4."""
+    return _grounding(IAA8)
