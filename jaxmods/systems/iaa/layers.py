@@ -2,8 +2,8 @@
 
 Inserted layer k runs after base layer I[k]; both kinds are decoder layers with parameters stacked
 over layers. The sequence is cut into *segments* (some base layers, then one inserted layer), and
-neighbouring segments that repeat are one scan: for IAA-14, [1][1 4]x6[1] compiles four segments
-whatever the depth of the language model; several base layers of a segment are a scan of their own.
+neighbouring segments that repeat are one scan: for IAA-14, [1]x2 [4 1]x6 compiles three segments,
+and no more for a deeper model; several base layers of a segment are a scan of their own.
 
 The base is frozen, so its parameters are read from the whole stack by index (no copies, and under
 rematerialisation none are kept); inserted layers are scanned over, so that their gradients come out
