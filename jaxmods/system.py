@@ -110,9 +110,13 @@ class System(abc.ABC):
 
     `batch_negatives` is True where an example's loss depends on the other examples of the batch:
     such a loss over micro-batches is another loss, so the loop refuses to accumulate it.
+
+    `sampling_fields` names fields that trained parameters do not depend on: `jaxmods sample` may
+    give them other values than the run had (steps, guidance, the size of pictures).
     """
 
     batch_negatives: ClassVar[bool] = False
+    sampling_fields: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def batch_spec(self, global_batch: int) -> dict[str, ArraySpec]:

@@ -54,13 +54,8 @@ class Evaluator:
         return frozenset(self._jitted)
 
     def _jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        experiment, mesh = self._plan.experiment, self._plan.mesh
-
-        def call(params: Params, *arrays: jax.Array) -> Any:
-            with use_mesh(mesh, experiment.rules):
-                return function(cast_floating(params, experiment.precision.compute), *arrays)
-
-        return jax.jit(call, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        everywhere = NamedSharding(self._plan.mesh, PartitionSpec())
+        return jax.jit(planned(function, self._plan), out_shardings=everywhere)
 
     def functions(self, params: Params) -> dict[str, HostFunction]:
         """The functions with `params` bound: host arrays `[n, ...]` in, host arrays out."""
@@ -94,6 +89,17 @@ class Evaluator:
         axes = ("batch", *[None] * (array.ndim - 1))
         sharding = sharding_for(array.shape, axes, self._plan.mesh, self._plan.experiment.rules)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def planned(function: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
+    """`function(params, *arrays)` as a plan has it: in its compute dtype, on its mesh."""
+    experiment = plan.experiment
+
+    def call(params: Params, *arrays: jax.Array) -> Any:
+        with use_mesh(plan.mesh, experiment.rules):
+            return function(cast_floating(params, experiment.precision.compute), *arrays)
+
+    return call
 
 
 def _padded(array: np.ndarray, rows: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from data_pipelines.batch import Pipeline
 from data_pipelines.protocols.base import Protocol
+from data_pipelines.samplers.base import Sampler
 from jaxmods.partitioning import DEFAULT_RULES, MeshShape, Rules
 from jaxmods.system import System
 
@@ -119,14 +120,23 @@ class Logging:
 
 @dataclasses.dataclass(frozen=True)
 class Init:
-    """Where parameters come from: random, or a folder of PyTorch weights (local path)."""
+    """Where parameters come from: drawn from the seed, or local files.
+
+    Attributes:
+      weights: a folder of PyTorch weights, or one of `jaxmods import`.
+      adapters: a file of adapters (or its folder) to go on from, in a format of PEFT, diffusers or
+        kohya; needs the base in `weights`.
+    """
 
     weights: str | None = None
+    adapters: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """The whole experiment. `batch_size` is global; `steps` counts optimiser updates.
+
+    `sampler` is what `jaxmods sample` makes of it; None for a recipe without.
 
     `shorthands` are settings that stand for several places: `(("data.root", ("data.source.root",
     "evaluation.protocols.0.source.root")),)` lets `--set data.root=/x` fill both.
@@ -145,5 +155,6 @@ class Experiment:
     evaluation: Evaluation = Evaluation()
     logging: Logging = Logging()
     init: Init = Init()
+    sampler: Sampler | None = None
     notes: str = ""
     shorthands: tuple[tuple[str, tuple[str, ...]], ...] = ()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,8 @@ class Flux(System):
       sampling: how pictures are made.
       inputs: "pictures" (uint8), or "latents": what `encode` made of them, in bfloat16.
     """
+
+    sampling_fields: ClassVar[tuple[str, ...]] = ("height", "width", "sampling", "inputs")
 
     base: FluxBase = dataclasses.field(default_factory=FluxBase)
     height: int = 1024

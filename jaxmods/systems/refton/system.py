@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -97,6 +97,15 @@ class RefTon(System):
       reference_scale: scale of the reference's positions; None for `cond_scale`. The first release
         (RefVTON) sampled with 1.
     """
+
+    sampling_fields: ClassVar[tuple[str, ...]] = (
+        "height",
+        "width",
+        "cond_scale",
+        "sampling",
+        "inputs",
+        "reference_scale",
+    )
 
     base: FluxBase = dataclasses.field(default_factory=FluxBase)
     height: int = 512
