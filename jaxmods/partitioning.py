@@ -190,6 +190,25 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, sharding_for(x.shape, axes, mesh, rules))
 
 
+def keep_whole(x: jax.Array) -> jax.Array:
+    """Hint that the last axis of an activation is not split, whatever happens to the others; the
+    identity outside a mesh.
+
+    `jaxmods.nn.layers.Linear` asks this of every activation along "embed". It is the usual layout,
+    and it keeps XLA (seen in jaxlib 0.10.2, with either partitioner) from a product that it gets
+    wrong: with x [("data", "fsdp"), "tensor"], a kernel ["tensor", "fsdp"] and a result
+    [("data", "fsdp"), "tensor"] it exchanges the rows of "data" and "fsdp" and never puts them
+    back. Left alone, it chooses that layout for a result that is multiplied by a gate which is
+    itself split. `tests/test_flux.py` holds the case.
+    """
+    if _ACTIVE is None or _ACTIVE[0].size == 1:
+        return x
+    free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(_ACTIVE[0], PartitionSpec(*free, None))
+    )
+
+
 def active() -> tuple[Mesh, Rules] | None:
     """Mesh and rules of the enclosing `use_mesh`; None outside one."""
     return _ACTIVE

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmods.partitioning import keep_whole
+
 Initializer = Callable[..., jax.Array]
 
 
@@ -121,7 +123,9 @@ class Linear(nn.Module):
             )
         if self.has_variable("params", "lora"):
             params["lora"] = self.get_variable("params", "lora")
-        return dense(params, *parts)
+        inside, outside = (name == "embed" for name in self.axes)
+        y = dense(params, *(keep_whole(part) if inside else part for part in parts))
+        return keep_whole(y) if outside else y
 
 
 class LayerNorm(nn.Module):
