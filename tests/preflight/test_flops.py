@@ -9,8 +9,12 @@ import jax.numpy as jnp
 import pytest
 
 from jaxmods.backbones.clip import TextConfig, VisionConfig
+from jaxmods.nn.stack import Execution
 from jaxmods.partitioning import MeshShape, make_mesh
+from jaxmods.system import FROZEN, TRAIN
 from jaxmods.systems.fgclip.system import FgClip
+from jaxmods.systems.flux.base import FluxBase
+from jaxmods.systems.refton.system import RefTon
 from tests.preflight.toy import Toy, experiment
 from train.preflight import program
 from train.preflight.flops import Flops, attention_work, count
@@ -59,6 +63,32 @@ def test_what_is_needed_knows_no_kernels(implementation):
     batch = {k: s.struct() for k, s in toy.batch_spec(16).items()}
     needed = program._needed(plan, batch, Flops(matmul=float("inf")))
     assert needed.total == 16 * toy.flops_per_example()
+
+
+class Partly(Toy):
+    """A toy of which only the last product of every block trains."""
+
+    def labels(self, params):
+        return {name: TRAIN if name == "down" else FROZEN for name in params}
+
+
+def test_frozen_parts_need_no_gradients_of_their_own():
+    toy = Partly(remat="full", attention="flash")
+    recipe = experiment(toy, batch_size=16)
+    plan = make_plan(recipe, make_mesh(recipe.mesh))
+    batch = {k: s.struct() for k, s in toy.batch_spec(16).items()}
+    needed = program._needed(plan, batch, Flops(matmul=float("inf")))
+    down = toy.layers * toy.tokens * 2 * toy.mlp * toy.width
+    assert needed.matmul == 16 * (2 * toy.forward_matmul_flops() + down)
+    assert needed.attention == 16 * 3 * toy.forward_attention_flops()
+
+
+def test_plain_is_without_kernels_and_recomputation_at_any_depth():
+    base = FluxBase(execution=Execution(remat="dots", attention="flash", unroll=True))
+    system = RefTon(base=base)
+    assert program.plain(system).base.execution == Execution(unroll=True, attention="xla")
+    assert program.plain(Toy()) == Toy(remat="none")
+    assert program.plain(RefTon()) == RefTon()
 
 
 def test_accumulation_does_not_change_the_count():

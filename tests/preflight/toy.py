@@ -75,10 +75,11 @@ class Toy(System):
         return run(block, params, x, policy=self.remat)
 
     def functions(self) -> dict[str, Any]:
-        return {"encode": self.encode}
+        return {"encode": self.encode, "widen": lambda params, x: x @ params["up"][0]}
 
     def function_inputs(self, batch_size: int) -> dict[str, dict[str, ArraySpec]]:
-        return {"encode": {"x": self.batch_spec(batch_size)["x"]}}
+        x = self.batch_spec(batch_size)["x"]
+        return {"encode": {"x": x}, "widen": {"x": x}}
 
     def weights(self) -> WeightMap:
         raise ValueError("the toy has no published weights")
@@ -117,5 +118,5 @@ def small() -> Experiment:
 
 def large() -> Experiment:
     """Fits into a v5e-4 only when activations are recomputed."""
-    toy = Toy(width=2048, heads=16, mlp=8192, layers=24, tokens=2048, remat="none")
-    return experiment(toy, batch_size=32)
+    toy = Toy(width=1024, heads=8, mlp=4096, layers=48, tokens=384, remat="none")
+    return experiment(toy, batch_size=128)

@@ -53,7 +53,7 @@ class Instruction:
     def op_name(self) -> str:
         """Where the instruction comes from in the traced program."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
-        return match[1] if match else ""
+        return match[1].replace("\\'", "'") if match else ""
 
     @property
     def cycles(self) -> float | None:

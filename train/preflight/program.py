@@ -7,18 +7,19 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxmods.nn.stack import Remat
 from jaxmods.partitioning import make_mesh, sharding_for, use_mesh
+from jaxmods.system import FROZEN
 from train.exits import UserError
 from train.experiment import Experiment
-from train.overrides import apply_overrides
 from train.preflight import flops, hlo, memory
 from train.preflight.topologies import Topology
-from train.state import Plan, cast_floating, make_plan
+from train.state import Plan, cast_floating, make_plan, merge, select
 from train.step import trace_step
 
 
@@ -96,36 +97,61 @@ def train_step(experiment: Experiment, topology: Topology, devices: list[Any]) -
 
 def _needed(plan: Plan, batch: dict[str, Any], hardware: flops.Flops) -> flops.Flops:
     """Operations that the mathematics needs: three times the forward pass, plain attention,
-    nothing recomputed; less where parts are frozen."""
-    system = _with_plain_attention(plan.experiment).system
+    nothing recomputed. Where parts are frozen, what the gradients of the rest take."""
+    system = plain(plan.experiment.system)
     compute = plan.experiment.precision.compute
+    trained = set(plan.groups)
 
-    def forward(params: Any, state: Any, batch: Any, rng: Any, step: Any) -> Any:
+    def losses(params: Any, state: Any, batch: Any, rng: Any, step: Any, own: set[str]) -> Any:
         params = cast_floating(params, compute)
-        return [loss.fn(params, state, batch, rng, step).loss for loss in system.losses()]
+        return [
+            loss.fn(params, state, batch, rng, step).loss
+            for loss in system.losses()
+            if own & set(loss.labels or trained)
+        ]
+
+    def forward(params: Any, *rest: Any) -> Any:
+        return losses(params, *rest, own=trained)
+
+    def gradients(params: Any, *rest: Any) -> Any:
+        found = []
+        for own in ({*(loss.labels or trained)} for loss in system.losses()):
+            others = select(params, plan.labels, {*trained, FROZEN} - own)
+
+            def total(mine: Any, others: Any = others, own: set[str] = own) -> Any:
+                return sum(losses(merge(mine, others), *rest, own=own))
+
+            found.append(jax.grad(total)(select(params, plan.labels, own)))
+        return found
 
     key = jax.eval_shape(lambda: jax.random.key(0))
-    jaxpr = jax.make_jaxpr(forward)(
+    arguments = (
         plan.abstract.params,
         plan.abstract.state,
         batch,
         jax.ShapeDtypeStruct(key.shape, key.dtype),
         plan.abstract.step,
     )
-    needed = flops.count(jaxpr).times(3)
-    return needed if needed.total <= hardware.total else hardware
+    counts = [hardware, flops.count(jax.make_jaxpr(forward)(*arguments)).times(3)]
+    if plan.abstract.frozen:
+        counts.append(flops.count(jax.make_jaxpr(gradients)(*arguments)))
+    return min(counts, key=lambda count: count.total)
 
 
-def _with_plain_attention(experiment: Experiment) -> Experiment:
-    """The experiment without kernels, whose tiles are padded. (What is chosen by itself is plain
-    outside a mesh.)"""
-    for path in ("system.execution.attention", "system.attention"):
-        value: Any = experiment
-        for name in path.split("."):
-            value = getattr(value, name, None)
-        if value == "flash":
-            return apply_overrides(experiment, [f"{path}=xla"])
-    return experiment
+def plain(value: Any) -> Any:
+    """A system (or any tree of dataclasses) without attention kernels, whose tiles are padded,
+    and without recomputation. (Attention that is chosen by itself is plain outside a mesh.)"""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(value):
+        inner = getattr(value, field.name)
+        if dataclasses.is_dataclass(inner) and field.init:
+            changes[field.name] = plain(inner)
+        elif field.name == "attention" and inner == "flash":
+            changes[field.name] = "xla"
+        elif field.name == "remat" and inner in get_args(Remat):
+            changes[field.name] = "none"
+    changes = {name: new for name, new in changes.items() if new != getattr(value, name)}
+    return dataclasses.replace(value, **changes) if changes else value
 
 
 def inference(
@@ -156,12 +182,13 @@ def inference(
         call,
         in_shardings=(plan.shardings.params, *placed),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
+        keep_unused=True,  # parameters that a function does not read lie there all the same
     )
     traced = jitted.trace(plan.abstract.params, *structs)
     seconds = {"trace": time.perf_counter() - started}
     hardware = flops.count(traced.jaxpr)
-    without = _with_plain_attention(experiment).system.functions()[name]
-    plain = flops.count(
+    without = plain(experiment.system).functions()[name]
+    needed = flops.count(
         jax.make_jaxpr(lambda p, *a: without(cast_floating(p, compute), *a))(
             plan.abstract.params, *structs
         )
@@ -173,7 +200,7 @@ def inference(
         batch=memory.shard_bytes(structs, placed),
         other=0.0,
     )
-    return _compile(traced.lower, mesh, split, state, hardware, plain, seconds, topology)
+    return _compile(traced.lower, mesh, split, state, hardware, needed, seconds, topology)
 
 
 def _compile(

@@ -17,6 +17,7 @@ from train.preflight.topologies import Topology
 
 _NOTABLE_PADDING = 0.10  # of a buffer
 _NOTABLE_BUFFER = 0.01  # of the capacity
+_NOTABLE_SHARE = 0.001  # of all that is used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,11 +344,12 @@ def _memory(r: Report) -> list[str]:
         lines.append(f"  {'total per chip':26}{show(m.total * r.topology.chip.devices)}")
     if m.buffers:
         lines.append("  largest temporaries" + ("" if r.fits else " (why it does not fit)"))
-        for b in m.buffers[: 5 if r.fits else 10]:
+        notable = [b for b in m.buffers if b.bytes >= _NOTABLE_SHARE * m.total]
+        for b in notable[: 5 if r.fits else 10]:
             lines.append(f"  {show(b.bytes)}  {b.array:32} {b.source}  {_short(b.origin)}")
         for b in m.buffers:
-            notable = b.bytes > _NOTABLE_BUFFER * m.capacity
-            if notable and b.bytes - b.logical > _NOTABLE_PADDING * b.bytes:
+            large = b.bytes > _NOTABLE_BUFFER * m.capacity
+            if large and b.bytes - b.logical > _NOTABLE_PADDING * b.bytes:
                 lines.append(
                     f"  padding: {b.array} takes {b.bytes / b.logical:.2f} times its content; "
                     "make its two minor dimensions multiples of 8 x 128"
@@ -395,15 +397,15 @@ def _traffic(r: Report) -> list[str]:
         return ["Collectives: none"]
     lines = [
         "Collectives per step (times are a model of the links, low to high)",
-        f"  {'kind':20}{'mesh axes':16}{'of':>5}{'runs':>8}{'in loops':>9}{'MiB/device':>12}"
-        f"{'ms':>16}  beside computation, source",
+        f"  {'kind':20}{'mesh axes':16}{'of':>5}{'runs':>8}{'in loops':>9}{'MiB/device':>13}"
+        f"{'ms':>21}  beside computation, source",
     ]
     for c in r.traffic:
-        time = f"{c.low * 1e3:.2f} - {c.high * 1e3:.2f}"
+        time = f"{c.low * 1e3:,.2f} - {c.high * 1e3:,.2f}"
         where = "between slices (DCN)" if c.dcn else "yes" if c.overlapped else "no"
         lines.append(
             f"  {c.kind:20}{c.axes:16}{c.size:>5}{c.runs:>8}{c.in_loops:>9}"
-            f"{c.bytes / 2**20:>12.1f}{time:>16}  {where}, {c.source}"
+            f"{c.bytes / 2**20:>13,.1f}{time:>21}  {where}, {c.source}"
         )
     return lines
 
