@@ -14,8 +14,11 @@ from data_pipelines.conversation.scenes import KINDS, SceneDialogues, SceneTexts
 from data_pipelines.conversation.templates import Plain, Template
 from data_pipelines.conversation.tokenizer import BEGIN
 from data_pipelines.protocols.answers import ChatReading
+from data_pipelines.protocols.mme import Mme, MmeQuestions
 from data_pipelines.protocols.questions import Questions
-from data_pipelines.protocols.referring import Referring
+from data_pipelines.protocols.referring import PUBLISHED as REFERRING
+from data_pipelines.protocols.referring import RefCoco, Referring
+from data_pipelines.samplers.chat import ChatSampler
 from data_pipelines.scenes.source import HELD_OUT
 from data_pipelines.sources.base import Mixture, Source
 from jaxmods.backbones.clip import VisionConfig
@@ -115,7 +118,7 @@ TINY = dataclasses.replace(
     branch="MM",
     trains=(*ADAPTOR, "vision"),
     max_tokens=128,
-    prompt_tokens=48,
+    prompt_tokens=96,
     new_tokens=24,
 )
 
@@ -167,6 +170,12 @@ def tiny() -> Experiment:
                 Referring(ground, grey, function="sample_mm"),
             ),
         ),
+        sampler=ChatSampler(
+            read,
+            SceneDialogues(start=HELD_OUT, count=64, kinds=(*KINDS, "ground")),
+            workflows=(("MM", "mm"), ("G", "mm"), ("Text", "text")),
+            new_tokens=TINY.new_tokens,
+        ),
         logging=Logging(every=50),
         init=Init(weights="runs/iaa_tiny_base_hf"),
         notes="One branch learns both here; chance is the most frequent answer, or the best box.",
@@ -176,9 +185,16 @@ def tiny() -> Experiment:
 
 # Published stages -------------------------------------------------------------------------------
 
+# Evaluation splits: name -> file of referring expressions.
+SPLITS = {
+    name: f"REC_{name.replace('_', '_unc_' if name.startswith('refcoco_') else '_', 1)}.jsonl"
+    for name in REFERRING
+}
+
 # One branch at a time is trained; the two are merged afterwards (`load_grounding`).
 IAA14 = Iaa(branches=("MM",), execution=Execution(remat="full"))
 IAA8 = dataclasses.replace(IAA14, insert_after=IAA_8)
+INSTRUCT = "data/LLaVA-Instruct/llava_v1_5_mix665k.json"
 WEIGHTS = "weights/iaa-start"  # Llama-3-8B-Instruct and the CLIP tower in one folder
 
 
@@ -244,7 +260,7 @@ def pretrain() -> Experiment:
 def _instruct(system: Iaa) -> Experiment:
     return _stage(
         system,
-        LlavaJson("data/LLaVA-Instruct/llava_v1_5_mix665k.json"),
+        LlavaJson(INSTRUCT),
         steps=5197,  # one epoch of 665 K; ASSUMPTION: batch 128, 1 epoch, lr 2e-5
         batch_size=128,
         lr=2e-5,
@@ -285,3 +301,36 @@ def grounding() -> Experiment:
 def grounding_8() -> Experiment:
     """IAA-8, stage 4."""
     return _grounding(IAA8)
+
+
+# The published checkpoint -----------------------------------------------------------------------
+
+
+def iaa_14() -> Experiment:
+    """The published IAA-14 with all three workflows: import, evaluate, talk to it, export."""
+    weights = "weights/Inner-Adaptor-Architecture"
+    system = Iaa(execution=Execution(remat="full"))
+    read = reading(system, tokenizer=weights, template=Llama3())
+    protocols = (
+        Mme(
+            MmeQuestions("data/MME/MME_Benchmark_release_version", "data/MME/llava_mme.jsonl"),
+            read,
+            model="iaa-14",
+        ),
+        *(
+            Referring(RefCoco(f"data/rec/{file}", "data/coco/train2014"), read, label=name)
+            for name, file in SPLITS.items()
+        ),
+    )
+    tokenizers = tuple(f"evaluation.protocols.{n}.reading.tokenizer" for n in range(len(protocols)))
+    stage = _instruct(system)
+    places = ("init.weights", "data.tokenizer", "sampler.reading.tokenizer", *tokenizers)
+    return dataclasses.replace(
+        stage,
+        data=pipeline(system, LlavaJson(INSTRUCT), tokenizer=weights, template=Llama3()),
+        evaluation=Evaluation(batch_size=64, protocols=protocols),
+        sampler=ChatSampler(read),
+        init=Init(weights=weights),
+        notes="File names of the RefCOCO+ and RefCOCOg splits are an ASSUMPTION.",
+        shorthands=(("weights", places), *stage.shorthands[1:]),
+    )

@@ -46,7 +46,7 @@ SYSTEM = Iaa(
 @functools.cache
 def params() -> dict[str, Any]:
     """Random everything, scaled up so that paths differ visibly."""
-    tree = unbox(SYSTEM.init(jax.random.key(0)))
+    tree = unbox(jax.jit(SYSTEM.init)(jax.random.key(0)))
     return jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, tree)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,8 @@ class Iaa(System):
       seed: of what is drawn where an import lacks it.
       execution, vision_execution: how layers run.
     """
+
+    sampling_fields: ClassVar[tuple[str, ...]] = ("prompt_tokens", "new_tokens")
 
     llama: LlamaConfig = LLAMA3_8B
     vision: VisionConfig | None = CLIP_L_336
@@ -216,18 +218,24 @@ class Iaa(System):
 
         sample_b(params, image [n, M, S, S, 3], ids [n, P], slot [n, P], length [n])
             -> int32 [n, new_tokens], greedy, filled with `pad_id` after a stop id
+        prefill_b(the same) -> (logits float32 [n, V] after each prompt, the caches below)
         features_b: projected image tokens, (params, image) -> [n, M N, D]
         decode_b(params, token [n], base_k, base_v [L, n, K, C, W], own_k, own_v [J, n, K, C, W],
             length [n]) -> (logits float32 [n, V], the four caches); one step of serving
 
-        and sample_text(params, ids [n, prompt_tokens], length [n]), the base alone. P are the
-        positions of `prompt_tokens` tokens with M pictures spliced in, C those of prompt and
-        answer.
+        and for the base alone sample_text(params, ids [n, prompt_tokens], length [n]),
+        prefill_text, and decode_text with the base's two caches. P are the positions of
+        `prompt_tokens` tokens with M pictures spliced in, C those of prompt and answer.
         """
-        functions: dict[str, Callable[..., Any]] = {"sample_text": self.sample_text}
+        functions: dict[str, Callable[..., Any]] = {
+            "sample_text": self.sample_text,
+            "prefill_text": self._prefill_text,
+            "decode_text": self._decode_text,
+        }
         for branch in self.branches:
             name = branch.lower()
             functions[f"sample_{name}"] = functools.partial(self.sample, branch)
+            functions[f"prefill_{name}"] = functools.partial(self._prefill, branch)
             functions[f"features_{name}"] = functools.partial(self._projected, branch)
             functions[f"decode_{name}"] = functools.partial(self._decode, branch)
         return functions
@@ -236,23 +244,29 @@ class Iaa(System):
         """Inputs of all functions."""
         length = ArraySpec((batch_size,), "int32", ("batch",))
         text = _rows(batch_size, self.prompt_tokens, ("ids",))
-        found: dict[str, dict[str, ArraySpec]] = {"sample_text": {**text, "length": length}}
+
+        def cache(layers: int, positions: int) -> ArraySpec:
+            slots = positions + self.new_tokens
+            shape = (layers, batch_size, self.llama.kv_heads, slots, self.llama.head_dim)
+            return ArraySpec(shape, "bfloat16", (None, "batch", "heads", None, None))
+
+        alone = cache(self.llama.layers, self.prompt_tokens)
+        found: dict[str, dict[str, ArraySpec]] = {
+            "sample_text": {**text, "length": length},
+            "prefill_text": {**text, "length": length},
+            "decode_text": {"token": length, "base_k": alone, "base_v": alone, "length": length},
+        }
         if not self.branches:
             return found
         positions = self.positions(self.prompt_tokens)
         row = _rows(batch_size, positions, ("ids",))["ids"]
         image = self._image_spec(batch_size)
         used = len([i for i in self.insert_after if i < self.llama.layers])
-        capacity = positions + self.new_tokens
-
-        def cache(layers: int) -> ArraySpec:
-            shape = (layers, batch_size, self.llama.kv_heads, capacity, self.llama.head_dim)
-            return ArraySpec(shape, "bfloat16", (None, "batch", "heads", None, None))
-
-        base, own = cache(self.llama.layers), cache(used)
+        base, own = cache(self.llama.layers, positions), cache(used, positions)
         for branch in self.branches:
             name = branch.lower()
-            found[f"sample_{name}"] = {"image": image, "ids": row, "slot": row, "length": length}
+            given = {"image": image, "ids": row, "slot": row, "length": length}
+            found[f"sample_{name}"] = found[f"prefill_{name}"] = given
             found[f"features_{name}"] = {"image": image}
             found[f"decode_{name}"] = {
                 "token": length,
@@ -318,19 +332,38 @@ class Iaa(System):
 
     def sample_text(self, params: Params, ids: jax.Array, length: jax.Array) -> jax.Array:
         """Greedy answers of the base, see `functions`."""
-        base = self.base
-        found: Any = base.apply(
+        logits, *cache = self._prefill_text(params, ids, length)
+        length = jnp.maximum(length, 1)
+
+        def step(tokens: jax.Array, state: Decoding) -> Any:
+            return self.base.apply({"params": params["base"]}, tokens, state, method="decode_step")
+
+        state = Decoding(KV(*cache), length, length)
+        return generate(step, logits, state, self.limits).tokens
+
+    def _prefill_text(
+        self, params: Params, ids: jax.Array, length: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        found: Any = self.base.apply(
             {"params": params["base"]},
             ids,
             jnp.maximum(length, 1),
             capacity=ids.shape[1] + self.new_tokens,
             method="prefill",
         )
+        return (found[0], *found[1].cache)
 
-        def step(tokens: jax.Array, state: Decoding) -> Any:
-            return base.apply({"params": params["base"]}, tokens, state, method="decode_step")
-
-        return generate(step, found[0], found[1], self.limits).tokens
+    def _decode_text(
+        self,
+        params: Params,
+        token: jax.Array,
+        base_k: jax.Array,
+        base_v: jax.Array,
+        length: jax.Array,
+    ) -> tuple[jax.Array, ...]:
+        state = Decoding(KV(base_k, base_v), length, length)
+        found: Any = self.base.apply({"params": params["base"]}, token, state, method="decode_step")
+        return (found[0], *found[1].cache)
 
     @property
     def base(self) -> Llama:
@@ -340,6 +373,18 @@ class Iaa(System):
     def _projected(self, branch: Branch, params: Params, image: jax.Array) -> jax.Array:
         features = self._apply(params, image, method="features")
         return self._apply(params, features, branch, method="project")
+
+    def _prefill(
+        self,
+        branch: Branch,
+        params: Params,
+        image: jax.Array,
+        ids: jax.Array,
+        slot: jax.Array,
+        length: jax.Array,
+    ) -> tuple[jax.Array, ...]:
+        logits, state = self.prefill(branch, params, image, ids, slot, length)
+        return (logits, *state.cache[0], *state.cache[1])
 
     def _decode(
         self,
@@ -379,7 +424,7 @@ class Iaa(System):
 
         def drawn() -> Params:
             if not fresh:
-                fresh.update(unbox(self.init(jax.random.key(self.seed))))
+                fresh.update(unbox(jax.jit(self.init)(jax.random.key(self.seed))))
             return fresh
 
         params = dict(params)
