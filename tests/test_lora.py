@@ -16,11 +16,10 @@ from jaxmods import partitioning
 from jaxmods.nn import lora
 from jaxmods.nn.layers import dense
 from jaxmods.nn.stack import run
-from jaxmods.system import FROZEN, TRAIN, Batch, LossOutput, Params, State
-from jaxmods.weights import WeightMap
+from jaxmods.system import Params
 from jaxmods.weights.map import flatten
 from tests import lora_toy
-from tests.train.toy import Numbers, Regression
+from tests.train.toy import Numbers
 from train.experiment import Experiment, Optim, Precision
 from train.state import init_state, make_plan
 from train.step import compile_step
@@ -299,43 +298,12 @@ def test_no_array_of_a_kernel_s_shape_is_ever_computed(base: Params, x: jax.Arra
     assert set(computed) <= {"transpose", "split"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Adapted(Regression):
-    """The toy network frozen, with adapters that train."""
-
-    config: lora.LoraConfig = CONFIG
-
-    def init(self, rng: jax.Array) -> Params:
-        first, second = jax.random.split(rng)
-        base = lora_toy.boxed(first)
-        return {"net": base, "lora": lora.init(second, base, self.config)}
-
-    def init_state(self, params: Params) -> State:
-        return {}
-
-    def labels(self, params: Params) -> dict[str, Any]:
-        return {
-            "net": jax.tree.map(lambda _: FROZEN, params["net"]),
-            "lora": jax.tree.map(lambda _: TRAIN, params["lora"]),
-        }
-
-    def loss(
-        self, params: Params, state: State, batch: Batch, rng: jax.Array, step: jax.Array
-    ) -> LossOutput:
-        tree = lora.attach(params["net"], params["lora"], self.config, rng=rng)
-        error = apply(tree, batch["x"][:, : lora_toy.INPUT])[:, :4] - batch["y"]
-        return LossOutput(jnp.mean(jnp.square(error.astype(jnp.float32))), {}, state)
-
-    def weights(self) -> WeightMap:
-        return WeightMap(())
-
-
 def test_the_training_step_trains_adapters_only() -> None:
     """fp32 masters and moments for the adapters; the base is bf16, without optimiser state, and
     the same to the bit after training; the loss falls."""
-    config = lora.LoraConfig(("blocks/out/kernel", "head/kernel"), rank=2, dropout=0.1)
+    adapters = lora_toy.Adapters(rank=2, alpha=2.0, targets=("proj_out",), dropout=0.1)
     experiment = Experiment(
-        system=Adapted(config=config),
+        system=lora_toy.Adapted(adapters=adapters),
         data=Numbers(),
         steps=60,
         batch_size=16,

@@ -86,8 +86,10 @@ def flatten(form: Any, path: str = "") -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """`{path: (old, new)}` of two canonical forms, in the order of the new one."""
+    """`{path: (old, new)}` of two canonical forms, in the order of the new one. A field that the
+    old one does not know and that is none in the new one is no difference."""
     before, after = flatten(old), flatten(new)
+    after = {path: value for path, value in after.items() if path in before or value is not None}
     return {
         path: (before.get(path, ABSENT), after.get(path, ABSENT))
         for path in [*after, *(p for p in before if p not in after)]

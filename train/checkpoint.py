@@ -160,10 +160,11 @@ class Checkpoints:
         """
         return self._newest(lambda step, skipped: self._restore_step(step, plan, skipped))
 
-    def restore_params(self, plan: Plan) -> tuple[Params, int] | None:
+    def restore_params(self, plan: Plan, *, frozen: bool = True) -> tuple[Params, int] | None:
         """Parameters alone of the newest readable checkpoint (the moving average where there is
-        one), placed for `plan`, and their step. Nothing of the optimiser is read."""
-        return self._newest(lambda step, _: (self._restore_params(step, plan), step))
+        one), placed for `plan`, and their step. Nothing of the optimiser is read, and without
+        `frozen` only what trains."""
+        return self._newest(lambda step, _: (self._restore_params(step, plan, frozen), step))
 
     def _newest(self, read: Callable[[int, tuple[int, ...]], T]) -> T | None:
         skipped: list[int] = []
@@ -219,11 +220,12 @@ class Checkpoints:
         )
         return Restored(step, state, info[_INFO], skipped)
 
-    def _restore_params(self, step: int, plan: Plan) -> Params:
+    def _restore_params(self, step: int, plan: Plan, frozen: bool) -> Params:
         target = plan.abstract_sharded()
         item = "ema" if target.ema else "trained"
         _, read = self._read(step, {item: _items(target)[item]})
-        return merge(_nested(read[item]), self._read_frozen(target))
+        trained = _nested(read[item])
+        return merge(trained, self._read_frozen(target)) if frozen else trained
 
     def _read(
         self, step: int, wanted: dict[str, dict[str, Any]]
@@ -462,16 +464,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def load_run_params(workdir: Path, plan: Plan) -> tuple[Params, int]:
+def load_run_params(workdir: Path, plan: Plan, *, frozen: bool = True) -> tuple[Params, int]:
     """Parameters of the newest checkpoint of a run, for evaluation or export, and their step.
 
-    The moving average is used where the run keeps one.
+    The moving average is used where the run keeps one. Without `frozen` only what trains is read.
     """
     if not (workdir / FOLDER).is_dir():
         raise UserError(f"{workdir}: expected a run folder with {FOLDER}/, found none")
     checkpoints = Checkpoints(workdir, plan.experiment.checkpoint, read_only=True)
     try:
-        found = checkpoints.restore_params(plan)
+        found = checkpoints.restore_params(plan, frozen=frozen)
     finally:
         checkpoints.close()
     if found is None:

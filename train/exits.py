@@ -7,6 +7,8 @@ printed without a traceback by the command line; `--debug` shows the traceback.
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class ExitCode(enum.IntEnum):
@@ -48,6 +50,17 @@ class NonFiniteError(UserError):
         super().__init__(message)
         self.step = step
         self.record_ids = record_ids
+
+
+@contextmanager
+def as_user_error() -> Iterator[None]:
+    """Errors about weights are the caller's to put right: one message, no traceback."""
+    from jaxmods.weights import WeightError
+
+    try:
+        yield
+    except (WeightError, ImportError) as error:
+        raise UserError(str(error)) from error
 
 
 def classify(error: BaseException) -> ExitCode:

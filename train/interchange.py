@@ -6,15 +6,10 @@ system's (`System.weights`), the engine is `jaxmods.weights`.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import importlib.metadata
 import importlib.util
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +33,14 @@ from jaxmods.weights import (
 from jaxmods.weights.convert import SHARD_BYTES, cast_floating, from_array
 from jaxmods.weights.lazy import Lazy, same_values
 from jaxmods.weights.map import flatten
-from jaxmods.weights.writer import Progress, check_target, write_json
+from jaxmods.weights.pipeline import export_pipeline
+from jaxmods.weights.reader import PIPELINE
+from jaxmods.weights.writer import Progress, check_target
+from train.adapters import read_adapters
+from train.certificate import TOLERANCE, Certificate, certify, one_process
 from train.checkpoint import is_params_folder, load_params, save_params
-from train.exits import UserError
+from train.exits import UserError, as_user_error
 
-TOLERANCE = 1e-4  # relative error of a forward pass against PyTorch, fp32
-CERTIFICATE = "verify.json"
 ASSETS = "assets"
 
 # Files beside published weights that belong to the tokenizer or the processor.
@@ -63,34 +60,6 @@ ASSET_NAMES = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Certificate:
-    """What `verify` found; `verify.json` holds the same fields.
-
-    Attributes:
-      passed: bit-equal, and every relative error within `tolerance` where a comparison was made.
-      bit_equal: re-reading the folder through the map gives every parameter back bit for bit.
-      differing: parameters that are not bit-equal (first 20).
-      tensors, nbytes: what was written.
-      forward: "compared", or why no forward pass was compared with PyTorch.
-      relative_errors: by output, ‖ours − PyTorch's‖ / ‖PyTorch's‖.
-      tolerance: bound on the relative errors.
-      versions: packages that took part.
-      sha256: digest of every weight file, so that the certificate belongs to these weights.
-    """
-
-    passed: bool
-    bit_equal: bool
-    differing: tuple[str, ...]
-    tensors: int
-    nbytes: int
-    forward: str
-    relative_errors: dict[str, float]
-    tolerance: float
-    versions: dict[str, str | None]
-    sha256: dict[str, str]
-
-
 def abstract_params(system: System) -> Params:
     """Shapes and dtypes of a system's parameters, nothing allocated."""
     return unbox(jax.eval_shape(system.init, jax.random.key(0)))
@@ -102,7 +71,7 @@ def dry_run(system: System, source: str | Path) -> Report:
     Raises:
       UserError: the file cannot be opened.
     """
-    with _as_user_error(), open_weights(source) as reader:
+    with as_user_error(), open_weights(source) as reader:
         return report(reader, system.weights(), abstract_params(system))
 
 
@@ -127,7 +96,7 @@ def import_weights(
       UserError: `config.json` is that of another size, or the weights do not fit, or are damaged.
     """
     target = abstract_params(system) if like is None else like
-    with _as_user_error(), open_weights(source) as reader:
+    with as_user_error(), open_weights(source) as reader:
         check_config(system, source)
         params, missing = import_params(
             reader, system.weights(), target, dtype=dtype, progress=progress
@@ -161,6 +130,7 @@ def import_to_folder(
     *,
     facts: Mapping[str, Any],
     like: Params | None = None,
+    adapters: str | Path | None = None,
     dtype: DTypeLike | None = "abstract",
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -170,6 +140,9 @@ def import_to_folder(
     `to` then holds the parameters, `params.json` (`facts` and where they came from) and, in
     `assets/`, the tokenizer and processor files of the source.
 
+    Args:
+      adapters: a file of adapters for the imported base, see `train.adapters.read_adapters`.
+
     Returns:
       The parameters.
 
@@ -178,15 +151,19 @@ def import_to_folder(
     """
     to = Path(to)
     if jax.process_index() == 0:
-        with _as_user_error():
+        with as_user_error():
             check_target(to, overwrite)
+    origin = {"imported_from": str(Path(source).absolute())}
     params = import_weights(system, source, like=like, dtype=dtype, progress=progress)
+    if adapters is not None:
+        params, _ = read_adapters(system, params, adapters)
+        origin["adapters_from"] = str(Path(adapters).absolute())
     if jax.process_index() == 0 and to.exists():
         shutil.rmtree(to / ASSETS, ignore_errors=True)
-    save_params(to, params, {**facts, "imported_from": str(Path(source).absolute())})
+    save_params(to, params, {**facts, **origin})
     if jax.process_index() == 0:
         for name, file in hub_assets(source).items():
-            (to / ASSETS).mkdir(exist_ok=True)
+            (to / ASSETS / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, to / ASSETS / name)
     return params
 
@@ -202,7 +179,8 @@ def export_weights(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
-    """Parameters as a folder that the published PyTorch class loads with `strict=True`.
+    """Parameters as a folder that the published PyTorch class loads with `strict=True`: of one
+    model, or of a sub-folder per model where the system says so (`System.hub_pipeline`).
 
     Args:
       assets: further files by name (tokenizer, processor); see `hub_assets`.
@@ -214,14 +192,27 @@ def export_weights(
     Raises:
       UserError: the folder is taken, the disk is too small, or the parameters do not fit the map.
     """
-    with _as_user_error():
+    pipeline = system.hub_pipeline()
+    with as_user_error():
+        if pipeline is not None:
+            return export_pipeline(
+                params,
+                system.weights(),
+                pipeline,
+                to,
+                max_shard_bytes=max_shard_bytes,
+                assets=assets,
+                dtype=dtype,
+                overwrite=overwrite,
+                progress=progress,
+            )
         return export_params(
             params,
             system.weights(),
             to,
             system.hub_config(),
             max_shard_bytes=max_shard_bytes,
-            assets=assets,
+            assets={k: v for k, v in (assets or {}).items() if k != PIPELINE},
             dtype=dtype,
             overwrite=overwrite,
             progress=progress,
@@ -256,14 +247,10 @@ def verify(
     Raises:
       UserError: the folder cannot be read or its keys and shapes do not fit; several processes.
     """
-    if jax.process_count() > 1:
-        raise UserError(
-            f"verify: expected one process, found {jax.process_count()}; run `jaxmods export "
-            "--verify` on one host"
-        )
+    one_process()
     folder = Path(folder)
     weight_map = system.weights()
-    with _as_user_error(), open_weights(folder) as reader:
+    with as_user_error(), open_weights(folder) as reader:
         stored, _ = import_lazies(reader, weight_map, params)
         sent = export_tensors(params, weight_map, dtype=dtype)
         ours = {path: _exported(leaf, path, dtype) for path, leaf in flatten(params).items()}
@@ -276,31 +263,20 @@ def verify(
         nbytes = sum(tensor.nbytes for tensor in reader.tensors.values())
         count = len(reader.tensors)
     forward, errors = _compare_forward(system, folder, params, rng, dtype)
-    certificate = Certificate(
-        passed=not differing and all(error <= tolerance for error in errors.values()),
-        bit_equal=not differing,
-        differing=tuple(differing[:20]),
-        tensors=count,
-        nbytes=nbytes,
-        forward=forward,
-        relative_errors=errors,
-        tolerance=tolerance,
-        versions=_versions(),
-        sha256={file.name: _digest(file) for file in sorted(folder.glob("*.safetensors"))},
-    )
-    fields = dataclasses.asdict(certificate)
-    fields["relative_errors"] = {  # JSON has no NaN
-        name: error if math.isfinite(error) else str(error) for name, error in errors.items()
-    }
-    write_json(folder / CERTIFICATE, fields)
-    return certificate
+    return certify(folder, differing, count, nbytes, forward, errors, tolerance)
 
 
 def hub_assets(folder: str | Path) -> dict[str, Path]:
-    """Tokenizer and processor files in a folder (or beside a file), by name."""
+    """Tokenizer and processor files in a folder (or beside a file), by name; of a pipeline those of
+    its sub-folders too, with its index."""
     folder = Path(folder)
     folder = folder if folder.is_dir() else folder.parent
-    return {name: folder / name for name in ASSET_NAMES if (folder / name).is_file()}
+    places, names = [folder], list(ASSET_NAMES)
+    if (folder / PIPELINE).is_file():
+        places += sorted(p for p in folder.iterdir() if p.is_dir())
+        names.append(PIPELINE)
+    files = [place / name for place in places for name in names]
+    return {file.relative_to(folder).as_posix(): file for file in files if file.is_file()}
 
 
 def check_config(system: System, source: str | Path) -> None:
@@ -382,27 +358,3 @@ def _compare_forward(
     if not errors:
         return f"not compared: {type(system).__name__} has no PyTorch reference", {}
     return "compared", {name: float(error) for name, error in errors.items()}
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name in ("jaxmods", "jax", "flax", "safetensors", "torch", "transformers"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@contextmanager
-def _as_user_error() -> Iterator[None]:
-    """Errors about weights are the caller's to put right: one message, no traceback."""
-    try:
-        yield
-    except (WeightError, ImportError) as error:
-        raise UserError(str(error)) from error

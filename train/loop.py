@@ -191,9 +191,14 @@ class _Run:
         """State, its step and the JSON saved with it: from the newest checkpoint, or fresh."""
         restored = self.checkpoints.restore(self.plan)
         if restored is None:
-            weights = self.experiment.init.weights
-            if weights:
-                state = init_state(self.plan, self._initial_params(weights))
+            init = self.experiment.init
+            if init.weights:
+                state = init_state(self.plan, self._initial_params(init.weights, init.adapters))
+            elif init.adapters:
+                raise UserError(
+                    f"init.adapters={init.adapters}: expected the base that they were trained on "
+                    "in init.weights, found none; set init.weights"
+                )
             else:
                 state = init_state(self.plan, constants=self.experiment.data.constants())
             self.checkpoints.begin(state)
@@ -222,11 +227,13 @@ class _Run:
         LOG.info("continuing from step %d of %d", restored.step, self.experiment.steps)
         return restored.state, restored.step, info
 
-    def _initial_params(self, weights: str) -> Params:
-        from train.interchange import read_params  # reads PyTorch files: only when asked for
+    def _initial_params(self, weights: str, adapters: str | None) -> Params:
+        from train.adapters import read_adapters  # read PyTorch files: only when asked for
+        from train.interchange import read_params
 
-        target = self.plan.abstract_sharded().params
-        return read_params(self.experiment.system, Path(weights).expanduser(), like=target)
+        system, target = self.experiment.system, self.plan.abstract_sharded().params
+        params = read_params(system, Path(weights).expanduser(), like=target)
+        return params if adapters is None else read_adapters(system, params, adapters)[0]
 
     def _close_checkpoints(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:

@@ -207,7 +207,7 @@ def export_params(
         if config:
             write_json(work / "config.json", dict(config))
         for name, source in (assets or {}).items():
-            _write_asset(work, name, source)
+            write_asset(work, name, source)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export_params")
     return Exported(files, nbytes)
@@ -397,7 +397,12 @@ def _layer(array: Lazy, index: tuple[Any, ...], shape: lazy.Shape) -> Lazy:
     return array.reshape(shape)
 
 
-def _write_asset(folder: Path, name: str, source: Path | bytes) -> None:
+def write_asset(folder: Path, name: str, source: Path | bytes) -> None:
+    """A further file of an exported folder, copied or from its content.
+
+    Raises:
+      WeightError: a name that is taken or leads out of the folder.
+    """
     target = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts or target.exists():
         raise WeightError(f"asset {name!r}: expected a new relative file name")

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import jax
 from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
-from jaxmods.weights.convert import SHARD_BYTES, Exported, export_tensors
+from jaxmods.weights.convert import SHARD_BYTES, Exported, export_tensors, write_asset
 from jaxmods.weights.errors import WeightError
 from jaxmods.weights.lazy import Lazy
 from jaxmods.weights.map import WeightMap
@@ -73,6 +74,7 @@ def export_pipeline(
     folder: str | Path,
     *,
     max_shard_bytes: int = SHARD_BYTES,
+    assets: Mapping[str, Path | bytes] | None = None,
     dtype: DTypeLike | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -87,6 +89,8 @@ def export_pipeline(
       pipeline: its components are all that the map speaks of.
       folder: target; must not exist, or be empty, unless `overwrite`.
       max_shard_bytes: size of a weight file at which the next is begun.
+      assets: further files by path (tokenizers). From a `model_index.json` among them the fields
+        about their sub-folders are kept.
       dtype: conversion of floating tensors; None keeps the parameters' dtypes.
       overwrite: replace what is at `folder`, after the new one is complete.
       progress: called with (bytes written, bytes in all).
@@ -132,11 +136,25 @@ def export_pipeline(
         for name, content in pipeline.documents.items():
             (work / name).parent.mkdir(exist_ok=True)
             write_json(work / name, dict(content))
+        for name, asset in (assets or {}).items():
+            if name != PIPELINE:
+                write_asset(work, name, asset)
         kinds = {part.name: list(part.kind) for part in components if part.kind is not None}
-        write_json(work / PIPELINE, {**pipeline.index, **kinds})
+        others = _index_of_assets(assets or {}, pipeline)
+        write_json(work / PIPELINE, {**others, **pipeline.index, **kinds})
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export_pipeline")
     return Exported(files, nbytes)
+
+
+def _index_of_assets(assets: Mapping[str, Path | bytes], pipeline: HubPipeline) -> dict[str, Any]:
+    """What the `model_index.json` among the assets says of sub-folders that hold no weights."""
+    source = assets.get(PIPELINE)
+    if source is None:
+        return {}
+    found = json.loads(source if isinstance(source, bytes) else source.read_bytes())
+    folders = {name.partition("/")[0] for name in (*assets, *pipeline.documents) if "/" in name}
+    return {name: value for name, value in found.items() if name in folders}
 
 
 def _by_component(

@@ -62,12 +62,11 @@ from jaxmods.nn.lora.adapters import (
 from jaxmods.nn.lora.binding import AdapterMap
 from jaxmods.nn.lora.entries import entries
 from jaxmods.nn.lora.export import save
-from jaxmods.nn.lora.files import DIALECTS, Dialect, Loaded, load, weight_file
+from jaxmods.nn.lora.files import Dialect, Loaded, load, weight_file
 from jaxmods.nn.lora.modules import Published, targets_of
 
 __all__ = [
     "DEFAULT",
-    "DIALECTS",
     "AdapterMap",
     "Dialect",
     "Factors",

@@ -84,9 +84,12 @@ class AdapterMap:
         base = self.base_of(params)
         others = tuple(names for names in self.kohya if names not in self.published)
         found = load(source, base, (*self.published, *others), name=self.name, alpha=alpha)
+        ours = chosen(base, self.config.targets)
         theirs = {path: by[self.name] for path, by in sites(base, found.adapters).items()}
+        # A fused projection of which only some parts were trained has zeros for the others.
+        theirs = {p: f for p, f in theirs.items() if p in ours or np.any(f.b)}
         fitted = {path: _narrowed(factors, self.config.rank) for path, factors in theirs.items()}
-        if problems := list(self._problems(base, theirs, fitted)):
+        if problems := list(self._problems(base, ours, theirs, fitted)):
             raise WeightError(
                 f"{source}: these adapters are not those of the recipe: {'; '.join(problems)}"
             )
@@ -155,11 +158,14 @@ class AdapterMap:
         return {self.name: params[self.under][self.name]}
 
     def _problems(
-        self, base: Params, theirs: dict[str, Factors], fitted: dict[str, Factors]
+        self,
+        base: Params,
+        ours: Sequence[str],
+        theirs: dict[str, Factors],
+        fitted: dict[str, Factors],
     ) -> Iterable[str]:
         """What keeps the adapters of a file from being those of the recipe."""
         wanted, rank = self.config.rank, {path: f.rank for path, f in fitted.items()}
-        ours = chosen(base, self.config.targets)
         if set(ours) != set(theirs):
             lacking = [path for path in ours if path not in theirs]
             besides = [path for path in theirs if path not in set(ours)]

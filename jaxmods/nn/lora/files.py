@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,7 +34,6 @@ from jaxmods.weights.map import unflatten
 from jaxmods.weights.reader import WeightReader, open_weights
 
 Dialect = Literal["peft", "diffusers", "kohya"]
-DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 AlphaFrom = Literal["metadata", "config", "keys", "given", "assumed"]
 
 PEFT_FILE = "adapter_model.safetensors"
