@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ from data_pipelines.sources.base import (
     sources_of,
     weights_of,
 )
+
+BEGUN = "begun.json"  # beside files of a folder that is not complete
 
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -186,18 +188,14 @@ def write_encoded(
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.glob(f"*{SUFFIX}")):
         raise DataError(f"{folder}: already holds {SUFFIX} files; give another folder")
-    shapes: dict[str, list[Any]] = {}
+    form = _Form(folder)
     writer, partial, written, number = None, folder, 0, 0
     for example in examples:
-        found = {k: [v.dtype.name, list(v.shape)] for k, v in example.arrays.items()}
-        shapes = shapes or found
-        if found != shapes:
-            raise DataError(f"{folder}: {example.id}: expected arrays {shapes}, found {found}")
+        packed = form.pack(example)
         if writer is None:
             partial = folder / f".examples-{number:05d}.partial"
             writer = _writer(partial)
-        packed = {k: _pack(v) for k, v in example.arrays.items()}
-        writer.write(msgpack.packb({"id": example.id, "arrays": packed}, use_bin_type=True))
+        writer.write(packed)
         written += 1
         if written % per_file == 0:
             number, writer = _finish(writer, partial, folder, number), None
@@ -205,9 +203,103 @@ def write_encoded(
         _finish(writer, partial, folder, number)
     if not written:
         raise DataError(f"{folder}: expected at least one example, found none")
-    about = {**facts, "records": written, "arrays": shapes}
+    about = {**facts, "records": written, "arrays": form.shapes}
     (folder / ABOUT).write_text(json.dumps(about, indent=1, ensure_ascii=False), "utf-8")
     return written
+
+
+def write_parts(
+    parts: Sequence[Callable[[], Iterable[EncodedRecord]]],
+    folder: str | Path,
+    facts: Mapping[str, Any],
+    *,
+    lists: Collection[str] = (),
+) -> int:
+    """Writes examples a file a part; called again after it was cut off, it goes on with the first
+    part that is not there.
+
+    Args:
+      parts: each gives its examples when called, the same ones every time.
+      folder: new, or of a call with the same facts that did not end.
+      facts: see `write_encoded`; JSON values.
+      lists: names of arrays whose first dimension differs from example to example.
+
+    Returns:
+      How many examples are in the folder.
+
+    Raises:
+      DataError: the folder is complete, or was begun with other facts; see also `write_encoded`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / ABOUT).exists():
+        raise DataError(f"{folder}: already holds encoded examples; give another folder")
+    begun = folder / BEGUN
+    wanted = json.loads(json.dumps({**facts, "parts": len(parts)}))
+    form = _Form(folder, frozenset(lists))
+    if begun.exists():
+        found = json.loads(begun.read_text("utf-8"))
+        form.shapes = found.pop("arrays")
+        other = [k for k in {**found, **wanted} if found.get(k) != wanted.get(k)]
+        if other:
+            listing = "; ".join(f"{k}: {found.get(k)} → {wanted.get(k)}" for k in other)
+            raise DataError(
+                f"{folder}: was begun with other settings ({listing}); take them back to go on, or "
+                "give another folder"
+            )
+    elif any(folder.glob(f"*{SUFFIX}")):
+        raise DataError(f"{folder}: already holds {SUFFIX} files; give another folder")
+    for number, part in enumerate(parts):
+        if (folder / f"examples-{number:05d}{SUFFIX}").exists():
+            continue
+        partial = folder / f".examples-{number:05d}.partial"
+        writer, empty = _writer(partial), True
+        for example in part():
+            writer.write(form.pack(example))
+            empty = False
+        if empty:
+            writer.close()
+            partial.unlink()
+            continue
+        _finish(writer, partial, folder, number)
+        _write_whole(begun, {**wanted, "arrays": form.shapes})
+    files = sorted(folder.glob(f"*{SUFFIX}"))
+    if not files:
+        raise DataError(f"{folder}: expected at least one example, found none")
+    records = len(grain.sources.ArrayRecordDataSource([str(p) for p in files]))
+    _write_whole(folder / ABOUT, {**facts, "records": records, "arrays": form.shapes})
+    begun.unlink(missing_ok=True)
+    return records
+
+
+class _Form:
+    """What all examples of a folder have in common: names, dtypes and shapes of their arrays (None
+    for a first dimension that differs)."""
+
+    def __init__(self, folder: Path, lists: frozenset[str] = frozenset()) -> None:
+        self._folder, self._lists = folder, lists
+        self.shapes: dict[str, list[Any]] = {}
+
+    def pack(self, example: EncodedRecord) -> bytes:
+        """The example as it is stored. Raises DataError when it differs from the first."""
+        found = {k: [v.dtype.name, self._shape(k, v)] for k, v in example.arrays.items()}
+        self.shapes = self.shapes or found
+        if found != self.shapes:
+            raise DataError(
+                f"{self._folder}: {example.id}: expected arrays {self.shapes}, found {found}"
+            )
+        packed = {k: _pack(v) for k, v in example.arrays.items()}
+        data: bytes = msgpack.packb({"id": example.id, "arrays": packed}, use_bin_type=True)
+        return data
+
+    def _shape(self, name: str, array: np.ndarray) -> list[int | None]:
+        return [None, *array.shape[1:]] if name in self._lists else list(array.shape)
+
+
+def _write_whole(path: Path, value: Mapping[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
+    os.replace(partial, path)
 
 
 def _finish(writer: Any, partial: Path, folder: Path, number: int) -> int:

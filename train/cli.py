@@ -178,6 +178,30 @@ def build_parser() -> argparse.ArgumentParser:
     _several_hosts(command)
 
     command = add(
+        "sample",
+        "make pictures or answers with a model: of own files, or of the recipe's evaluation data",
+        "jaxmods sample refton/tiny --workdir runs/tiny --out made --count 16 --seed 1",
+        _sample,
+    )
+    _recipe(command)
+    _sample_options(command)
+    _several_hosts(command)
+
+    command = add(
+        "encode",
+        "run the recipe's data through the system's encoders once, to train from the results",
+        "jaxmods encode refton/viton_hd --weights FLUX.1-Kontext-dev --out data/encoded",
+        _encode,
+    )
+    _recipe(command)
+    _origin_options(command)
+    command.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
+    command.add_argument(
+        "--batch", type=int, default=8, metavar="N", help="records at once; default 8"
+    )
+    command.add_argument("--limit", type=int, metavar="N", help="only so many of each source")
+
+    command = add(
         "report",
         "write report.html for a run folder",
         "jaxmods report runs/tiny",
@@ -201,6 +225,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--to", dest="target", metavar="DIR", help="new folder")
     command.add_argument(
+        "--adapters",
+        metavar="FILE",
+        help="adapters (LoRA) for these weights: a file or folder of PEFT, diffusers or kohya",
+    )
+    command.add_argument(
         "--dry-run", action="store_true", help="only show, key by key, what fits and what does not"
     )
     command.add_argument("--overwrite", action="store_true", help="replace what is in --to")
@@ -220,6 +249,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="a run folder, or a folder of parameters",
     )
     command.add_argument("--to", dest="target", required=True, metavar="HF_DIR", help="new folder")
+    what = command.add_mutually_exclusive_group()
+    what.add_argument(
+        "--adapters",
+        choices=("peft", "diffusers", "kohya"),
+        help="only the adapters (LoRA), in this format",
+    )
+    what.add_argument(
+        "--merge-adapters",
+        action="store_true",
+        help="the whole model with its adapters merged into the weights",
+    )
     command.add_argument(
         "--verify",
         action="store_true",
@@ -279,6 +319,57 @@ def _recipe(command: argparse.ArgumentParser) -> None:
         metavar="PATH=VALUE",
         help="override values of the recipe by dotted path",
     )
+
+
+def _origin_options(command: argparse.ArgumentParser) -> None:
+    origin = command.add_argument_group("parameters (default: the recipe's init.weights)")
+    where = origin.add_mutually_exclusive_group()
+    where.add_argument("--workdir", metavar="RUN", help="a run folder, or a folder of parameters")
+    where.add_argument(
+        "--weights", metavar="FOLDER", help="PyTorch weights, or a folder of jaxmods import"
+    )
+    origin.add_argument(
+        "--adapters", metavar="FILE", help="adapters (LoRA) of PEFT, diffusers or kohya for them"
+    )
+
+
+def _sample_options(command: argparse.ArgumentParser) -> None:
+    _origin_options(command)
+    given = command.add_argument_group(
+        "inputs (default: the recipe's evaluation data)",
+        "A wrong name shows which inputs the recipe has.",
+    )
+    given.add_argument(
+        "--input",
+        nargs="+",
+        action="extend",
+        default=[],
+        dest="pairs",
+        metavar="NAME=VALUE",
+        help="inputs of one example: files, or texts",
+    )
+    given.add_argument("--image", metavar="FILE", help="short for --input image=FILE")
+    given.add_argument("--prompt", metavar="TEXT", help="short for --input prompt=TEXT")
+    given.add_argument(
+        "--inputs", dest="file", metavar="FILE", help="JSON lines, an example a line"
+    )
+    given.add_argument("--start", type=int, default=0, metavar="I", help="first example; default 0")
+    given.add_argument(
+        "--count", type=int, metavar="N", help="examples; default 8 of the data, or all of a file"
+    )
+    command.add_argument("--out", metavar="DIR", help="a new folder for the results")
+    command.add_argument("--overwrite", action="store_true", help="replace what is in --out")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise; default 0")
+    command.add_argument(
+        "--batch", type=int, metavar="N", help="examples at once; default evaluation.batch_size"
+    )
+    command.add_argument(
+        "--format", choices=("png", "jpeg"), default="png", help="of pictures; default png"
+    )
+    command.add_argument(
+        "--grid", type=int, default=16, metavar="N", help="examples in grid.png; default 16"
+    )
+    command.add_argument("--chat", action="store_true", help="talk to the model in the terminal")
 
 
 def _several_hosts(command: argparse.ArgumentParser) -> None:
@@ -373,6 +464,43 @@ def _eval(options: argparse.Namespace) -> int:
         )
 
 
+def _sample(options: argparse.Namespace) -> int:
+    with _job(options):  # before anything can touch a device
+        from train import commands
+        from train.sample import Given, Origin
+
+        short = (("image", options.image), ("prompt", options.prompt))
+        pairs = [*options.pairs, *(f"{name}={v}" for name, v in short if v is not None)]
+        return commands.sample_recipe(
+            options.recipe,
+            options.settings,
+            Origin(options.workdir, options.weights, options.adapters),
+            Given(tuple(pairs), options.file, options.start, options.count, options.seed),
+            options.out,
+            batch=options.batch,
+            kind=options.format,
+            sheet=options.grid,
+            chat=options.chat,
+            overwrite=options.overwrite,
+            as_json=options.json,
+        )
+
+
+def _encode(options: argparse.Namespace) -> int:
+    from train import commands
+    from train.sample import Origin
+
+    return commands.encode_recipe(
+        options.recipe,
+        options.settings,
+        Origin(options.workdir, options.weights, options.adapters),
+        options.out,
+        batch=options.batch,
+        limit=options.limit,
+        as_json=options.json,
+    )
+
+
 def _report(options: argparse.Namespace) -> int:
     from train import commands
 
@@ -389,6 +517,7 @@ def _import(options: argparse.Namespace) -> int:
         options.settings,
         options.source,
         None if options.dry_run else options.target,
+        adapters=options.adapters,
         overwrite=options.overwrite,
         as_json=options.json,
     )
@@ -402,6 +531,8 @@ def _export(options: argparse.Namespace) -> int:
         options.settings,
         options.source,
         options.target,
+        adapters=options.adapters,
+        merged=options.merge_adapters,
         verify=options.verify,
         dtype=options.dtype,
         overwrite=options.overwrite,

@@ -8,7 +8,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,35 @@ def duration(seconds: float) -> str:
     whole = int(max(seconds, 0))
     hours, minutes = whole // 3600, whole // 60 % 60
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes:02d}:{whole % 60:02d}"
+
+
+_LINES = 10  # of `progress` where there is no terminal
+
+
+@contextmanager
+def progress(total: int, what: str, unit: str) -> Iterator[Callable[[int], None]]:
+    """Something to tell how many of `total` are done: a bar on a terminal, lines elsewhere."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=what, unit=unit, file=sys.stderr) as bar:
+
+            def move(done: int) -> None:
+                bar.update(done - bar.n)
+
+            yield move
+        return
+    begun, said = time.perf_counter(), 0
+    every = max(1, total // _LINES)
+
+    def tell(done: int) -> None:
+        nonlocal said
+        if done >= said + every or (done == total and done > said):
+            said = done
+            left = (time.perf_counter() - begun) / done * (total - done)
+            LOG.info("%s: %d of %d, ETA %s", what, done, total, duration(left))
+
+    yield tell
 
 
 @contextmanager

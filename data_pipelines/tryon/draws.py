@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
+
 
 @dataclasses.dataclass(frozen=True)
 class Probabilities:
@@ -47,3 +49,12 @@ def draw_conditions(uniform: Sequence[float], probabilities: Probabilities) -> C
         dense=bool(u[2] < p.dense),
         reference=bool(u[3] < p.reference),
     )
+
+
+def pick(count: int, shares: Sequence[float], rng: np.random.Generator) -> int:
+    """Index of a variant, one number drawn in any case; without shares all are equally likely."""
+    u = float(rng.random())
+    if count == 0:
+        return 0
+    ends = np.cumsum(shares or [1.0] * count)
+    return min(int(np.searchsorted(ends, u * ends[-1], side="right")), count - 1)

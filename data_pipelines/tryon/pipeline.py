@@ -58,18 +58,22 @@ from typing import Any, Literal
 import numpy as np
 
 from data_pipelines.batch import DataError, HostBatch, Pipeline
+from data_pipelines.encoded import Encoded, EncodedRecord
+from data_pipelines.encoding import Encodable, Piece, Pieces, source_folder
 from data_pipelines.images import ImageLimits
 from data_pipelines.records import BadRecordError, ImageLike, TryOnRecord
 from data_pipelines.sampling import Made, Reading, Recipe, Tolerance, host_batches
 from data_pipelines.sources.base import (
     Mixture,
+    Source,
     describe_sources,
     digest,
     settings_of,
     sources_of,
     weights_of,
 )
-from data_pipelines.tryon.draws import Conditions, Probabilities, draw_conditions
+from data_pipelines.tryon.draws import Conditions, Probabilities, draw_conditions, pick
+from data_pipelines.tryon.latents import check_encoded, list_forms, pieces_of, row_of, sizes_of
 from data_pipelines.tryon.source import Part, TryOnSource
 from data_pipelines.tryon.transforms import Frame
 from data_pipelines.tryon.validation import TryOnLimits, check_alignment, check_mask, check_shares
@@ -81,7 +85,7 @@ Arrays = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class TryOnPipeline(Pipeline):
+class TryOnPipeline(Encodable, Pipeline):
     """Training data for virtual try-on; the module's description says what a batch is.
 
     Attributes:
@@ -95,6 +99,10 @@ class TryOnPipeline(Pipeline):
         do so without a word where there is no `person/` folder; the model then sees the answer, so
         here it has to be asked for.
       multiple: H, W, h and w have to be multiples of it: autoencoder factor (8) times patch (2).
+      encoded: folder of `jaxmods encode`: batches are its latents (bfloat16, see
+        `data_pipelines.tryon.latents`), for a system with `inputs="latents"`, and the sources are
+        not opened. "" reads pictures.
+      encoded_digest: of the encoder that must have made them (`encoder_digest`); "" for any.
       checks: what a usable record is. image_limits: what a usable picture is.
       tolerance: how many unusable records a run accepts. reading: threads and worker processes.
     """
@@ -112,6 +120,8 @@ class TryOnPipeline(Pipeline):
     draws: Literal["step", "record"] = "step"
     person_from_target: bool = False
     multiple: int = 16
+    encoded: str = ""
+    encoded_digest: str = ""
     checks: TryOnLimits = dataclasses.field(default_factory=TryOnLimits)
     image_limits: ImageLimits = dataclasses.field(default_factory=ImageLimits)
     tolerance: Tolerance = dataclasses.field(default_factory=Tolerance)
@@ -140,6 +150,12 @@ class TryOnPipeline(Pipeline):
         """The sources, one or several."""
         return tuple(s for s in sources_of(self.source) if isinstance(s, TryOnSource))
 
+    @functools.cached_property
+    def encoded_sources(self) -> tuple[Encoded, ...]:
+        """What `encoded` holds, a source for each of `sources`."""
+        folders = (source_folder(self.encoded, n) for n in range(len(self.sources)))
+        return tuple(Encoded(str(folder)) for folder in folders)
+
     @property
     def included(self) -> tuple[Literal["mask", "dense", "reference"], ...]:
         """Optional conditions that batches have arrays for, in the order of their labels."""
@@ -160,10 +176,10 @@ class TryOnPipeline(Pipeline):
           DataError: also when a source has none of the pictures that a probability asks for.
         """
         self.check_sources()
+        sources = self.encoded_sources if self.encoded else self.sources
+        make = self.make_encoded if self.encoded else self.make
         return host_batches(
-            Recipe(
-                self.sources, weights_of(self.source), self.make, self.collate, step_stream=True
-            ),
+            Recipe(sources, weights_of(self.source), make, self.collate, step_stream=True),
             global_batch=global_batch,
             seed=seed,
             process_index=process_index,
@@ -175,8 +191,10 @@ class TryOnPipeline(Pipeline):
 
     def check_sources(self) -> None:
         """Raise DataError when a source lacks what training needs, naming where it was looked for
-        and the setting to change."""
-        offers = [s.offers() for s in self.sources]
+        and the setting to change; of encoded examples, when they are not those of this recipe."""
+        for encoded in self.encoded_sources if self.encoded else ():
+            check_encoded(encoded, self.frame, self.encoded_digest)
+        offers = self._offers()
 
         def refuse(source: TryOnSource, part: Part, setting: str, advice: str) -> None:
             raise DataError(
@@ -207,14 +225,27 @@ class TryOnPipeline(Pipeline):
                 setting = f"data.{name}_prob={getattr(self, f'{name}_prob'):g}"
                 refuse(self.sources[0], name, setting, f"Add them, or set data.{name}_prob=0")
 
+    def _offers(self) -> list[frozenset[Part]]:
+        if self.encoded:
+            return [frozenset(s.about.get("offers", ())) for s in self.encoded_sources]
+        return [s.offers() for s in self.sources]
+
     def make(
         self, record: TryOnRecord, rng: np.random.Generator, step_rng: np.random.Generator
     ) -> Made[Arrays]:
         """One record to one row of the batch. Raises BadRecordError."""
-        drawn = draw_conditions(
-            (step_rng if self.draws == "step" else rng).random(4).tolist(), self.probabilities
-        )
-        return self.example(record, drawn, rng)
+        return self.example(record, self._draw(rng, step_rng), rng)
+
+    def make_encoded(
+        self, record: EncodedRecord, rng: np.random.Generator, step_rng: np.random.Generator
+    ) -> Made[Arrays]:
+        """The same of an encoded record."""
+        drawn = self._draw(rng, step_rng)
+        return row_of(record, drawn, rng, self.included, person_from_target=self.person_from_target)
+
+    def _draw(self, rng: np.random.Generator, step_rng: np.random.Generator) -> Conditions:
+        uniform = (step_rng if self.draws == "step" else rng).random(4).tolist()
+        return draw_conditions(uniform, self.probabilities)
 
     def example(
         self, record: TryOnRecord, drawn: Conditions, rng: np.random.Generator
@@ -235,8 +266,8 @@ class TryOnPipeline(Pipeline):
             "target": self.frame.full(target),
             "garment": self.frame.full(self.frame.decode(record.garment)),
         }
-        variant = _pick(len(record.agnostic), record.agnostic_shares, rng)
-        view = _pick(len(record.references), (), rng)
+        variant = pick(len(record.agnostic), record.agnostic_shares, rng)
+        view = pick(len(record.references), (), rng)
         if drawn.person and record.person is None and self.person_from_target:
             row["subject"] = row["target"]
         else:
@@ -281,10 +312,24 @@ class TryOnPipeline(Pipeline):
         ))  # fmt: skip
         return {name: np.stack([row[name] for row in rows]) for name in names}, {}
 
+    def to_encode(self) -> tuple[TryOnSource, ...]:
+        return self.sources
+
+    def pieces(self, record: TryOnRecord) -> Pieces:
+        return pieces_of(record, self.frame, self.checks)
+
+    def lists(self) -> dict[str, Piece]:
+        return list_forms(self.frame)
+
+    def encoding_facts(self, source: Source[Any]) -> dict[str, Any]:
+        offers = sorted(source.offers()) if isinstance(source, TryOnSource) else []
+        return {"sizes": sizes_of(self.frame), "offers": offers}
+
     def fingerprint(self) -> str:
-        settings = settings_of(self, "source", "tolerance", "reading")
-        weights = weights_of(self.source)
-        return digest([s.fingerprint() for s in self.sources], weights, repr(settings))
+        left_out = ("source", "tolerance", "reading", "encoded", "encoded_digest")
+        settings, weights = settings_of(self, *left_out), weights_of(self.source)
+        sources: tuple[Source[Any], ...] = self.encoded_sources if self.encoded else self.sources
+        return digest([s.fingerprint() for s in sources], weights, repr(settings))
 
     def describe(self) -> dict[str, Any]:
         """Facts; a source that cannot be opened is described by its problem."""
@@ -293,7 +338,7 @@ class TryOnPipeline(Pipeline):
             "conditions": list(self.frame.cond_size),
             "probabilities": dataclasses.asdict(self.probabilities),
         }
-        return facts | describe_sources(self.sources)
+        return facts | describe_sources(self.encoded_sources if self.encoded else self.sources)
 
 
 def check_sizes(frame: Frame, multiple: int, where: str) -> None:
@@ -307,15 +352,6 @@ def check_sizes(frame: Frame, multiple: int, where: str) -> None:
                 f"{frame.width}, cond_scale {frame.cond_scale:g}): expected multiples of "
                 f"{multiple}; for example {where}.height={h} {where}.width={w}"
             )
-
-
-def _pick(count: int, shares: Sequence[float], rng: np.random.Generator) -> int:
-    """Index of a variant, one number drawn in any case; without shares all are equally likely."""
-    u = float(rng.random())
-    if count == 0:
-        return 0
-    ends = np.cumsum(shares or [1.0] * count)
-    return min(int(np.searchsorted(ends, u * ends[-1], side="right")), count - 1)
 
 
 def _at(images: Sequence[ImageLike], index: int) -> ImageLike | None:

@@ -21,8 +21,7 @@ from data_pipelines.sampling import Reading, Tolerance
 from data_pipelines.scenes.try_on import TryOnScenes
 from data_pipelines.sources.base import InMemory, Mixture
 from data_pipelines.tryon import Combined, TryOnPipeline, TryOnRecords, VitonHd
-from data_pipelines.tryon.draws import Conditions, Probabilities, draw_conditions
-from data_pipelines.tryon.pipeline import _pick
+from data_pipelines.tryon.draws import Conditions, Probabilities, draw_conditions, pick
 from data_pipelines.tryon.transforms import Frame, pictures
 from data_pipelines.tryon.validation import TryOnLimits
 from tests.tryon import layouts
@@ -153,7 +152,7 @@ def test_variants_and_views_are_drawn_per_record() -> None:
 def test_a_variant_without_share_is_never_drawn(shares: list[float], seed: int) -> None:
     if sum(shares) <= 0:
         shares = [1.0]
-    index = _pick(len(shares), shares, np.random.default_rng(seed))
+    index = pick(len(shares), shares, np.random.default_rng(seed))
     assert shares[index] > 0
 
 
