@@ -26,7 +26,8 @@ def chat(
     """A conversation until the input ends or `/quit`.
 
     `/NAME FILE` attaches a picture to the next message, by input name (`/image cat.png`); `/new`
-    begins anew. What does not fit is said, and the conversation goes on.
+    begins anew; a conversation may have commands of its own. What does not fit is said, and the
+    conversation goes on.
 
     Args:
       given: pictures of `--input` are attached to the first message.
@@ -42,7 +43,8 @@ def chat(
     waiting: dict[str, tuple[Path, ...]] = {}
     for name, path in attached(sampler, given.pairs):
         waiting[name] = (*waiting.get(name, ()), path)
-    commands = ", ".join([*(f"/{name} FILE" for name in pictures), "/new", "/quit"])
+    own = conversation.commands
+    commands = ", ".join([*(f"/{name} FILE" for name in pictures), *own, "/new", "/quit"])
     say(f"{commands}; anything else is a message\n")
     while True:
         try:
@@ -60,7 +62,7 @@ def chat(
                 waiting[word[1:]] = (*waiting.get(word[1:], ()), path)
             else:
                 say(f"no file {path}\n")
-        elif word.startswith("/"):
+        elif word.startswith("/") and word not in own:
             say(f"no command {word}; {commands}\n")
         elif line:
             try:

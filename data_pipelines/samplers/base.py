@@ -24,7 +24,7 @@ import abc
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -116,7 +116,13 @@ class Made:
 
 
 class Conversation(abc.ABC):
-    """Messages and answers in turn; holds the history. Made by `Sampler.conversation`."""
+    """Messages and answers in turn; holds the history. Made by `Sampler.conversation`.
+
+    `commands` are words with a slash that messages to it may begin with ("/ground"); other lines
+    with a slash are the terminal's.
+    """
+
+    commands: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def say(self, message: str, inputs: Mapping[str, tuple[Path, ...]]) -> Iterator[str]:

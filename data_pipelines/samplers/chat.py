@@ -156,6 +156,8 @@ class ChatSampler(Sampler):
 class Chat(Conversation):
     """A conversation whose turns may go to different workflows."""
 
+    commands = tuple(command.strip() for command in _COMMANDS)
+
     def __init__(self, sampler: ChatSampler, functions: Functions) -> None:
         self._sampler, self._functions = sampler, functions
         self._history: tuple[Turn, ...] = ()

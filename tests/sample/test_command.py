@@ -259,7 +259,16 @@ def test_talking(weights: Path, tmp_path: Path) -> None:
     runner = Runner(make_plan(recipe, make_mesh(recipe.mesh)), params)
     (tmp_path / "a.png").write_bytes(b"")
     typed = iter(
-        [f"/picture {tmp_path / 'a.png'}", "abc", "de", "much too long", "/nothing", "/new", "f"]
+        [
+            f"/picture {tmp_path / 'a.png'}",
+            "abc",
+            "de",
+            "much too long",
+            "/nothing",
+            "/new",
+            "f",
+            "/more",
+        ]
     )
     said: list[str] = []
 
@@ -278,4 +287,4 @@ def test_talking(weights: Path, tmp_path: Path) -> None:
     assert answers[1] == "5 letters, 0 pictures"
     assert "expected at most 8 letters, found 13" in answers[2]
     assert "no command /nothing" in answers[3]
-    assert answers[4] == "1 letters, 0 pictures"
+    assert answers[4:] == ["1 letters, 0 pictures", "6 letters, 0 pictures"]

@@ -59,6 +59,8 @@ class Tinting(Regression):
 class Counting(Conversation):
     """Says how many letters it has heard, in two pieces."""
 
+    commands = ("/more",)
+
     def __init__(self, functions: Functions) -> None:
         self._functions, self._heard = functions, 0
 
