@@ -12,19 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import save_file
 
 from configs import iaa as recipes
 from jaxmods.backbones.clip import VisionConfig
 from jaxmods.backbones.llama import Llama, LlamaConfig
 from jaxmods.partitioning import logical_axes, unbox
 from jaxmods.systems.iaa import IAA_14, Iaa, load_grounding
+from jaxmods.systems.iaa.assemble import assemble
 from jaxmods.systems.iaa.layers import Group, interleave, plan
+from jaxmods.systems.iaa.weights import VISION
 from jaxmods.weights import (
     WeightError,
     export_params,
     export_tensors,
     import_params,
     memory_reader,
+    open_weights,
 )
 
 LLAMA = LlamaConfig(
@@ -185,7 +189,7 @@ def test_cached_decoding_is_the_whole_pass() -> None:
 
 
 def test_functions_take_what_is_stated() -> None:
-    tree = jax.eval_shape(lambda: params())
+    tree = abstract(SYSTEM)
     inputs = SYSTEM.function_inputs(2)
     assert set(inputs) == set(SYSTEM.functions())
     for name, function in SYSTEM.functions().items():
@@ -204,7 +208,11 @@ def tensors(names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Exported tensors of some top-level parts."""
     whole = export_tensors(params(), SYSTEM.weights())
     bound = {k: b.paths[0] for b in SYSTEM.weights().bind(params()) for k, _ in b.tensors()}
-    return {k: t.all() for k, t in whole.items() if bound[k].split("/")[0] in names}
+    return {
+        k: np.ascontiguousarray(t.all())
+        for k, t in whole.items()
+        if bound[k].split("/")[0] in names
+    }
 
 
 def imported(names: tuple[str, ...], system: Iaa = SYSTEM) -> Any:
@@ -255,6 +263,28 @@ def test_a_grounding_model_moves_into_its_slots(tmp_path: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, merged["MM"], params()["MM"])
     with pytest.raises(WeightError, match="expected parameters with a branch G"):
         load_grounding(LLAMA, SYSTEM.projector, {"MM": {}}, tmp_path / "one")
+
+
+def test_a_llama_and_a_clip_make_a_start(tmp_path: Path) -> None:
+    """As two published folders, one of them with a text tower as well."""
+    parts = {"llama": tensors(("base",)), "clip": tensors(("vision_tower",))}
+    parts["clip"] = {k.removeprefix(VISION): v for k, v in parts["clip"].items()}
+    parts["clip"]["text_model.final_layer_norm.weight"] = np.ones(3, np.float32)
+    for name, arrays in parts.items():
+        (tmp_path / name).mkdir()
+        save_file(arrays, tmp_path / name / "model.safetensors")
+    (tmp_path / "llama" / "tokenizer.json").write_text("{}")
+    assemble(tmp_path / "llama", tmp_path / "clip", tmp_path / "start")
+    assert (tmp_path / "start" / "tokenizer.json").read_text() == "{}"
+    with open_weights(tmp_path / "start") as reader:
+        tree, missing = import_params(reader, SYSTEM.weights(), abstract(SYSTEM))
+    assert all("condition" in k or "condtion" in k or "mm_projector" in k for k in missing)
+    for part in ("base", "vision_tower"):
+        jax.tree.map(np.testing.assert_array_equal, tree[part], params()[part])
+    with pytest.raises(WeightError, match="expected a LlamaForCausalLM"):
+        assemble(tmp_path / "clip", tmp_path / "clip", tmp_path / "other")
+    with pytest.raises(WeightError, match="expected a CLIP"):
+        assemble(tmp_path / "llama", tmp_path / "llama", tmp_path / "other")
 
 
 def test_a_base_without_branches_is_a_llama(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxmods.backbones.clip import VisionConfig
+from jaxmods.backbones.clip import VisionConfig, VisionTower
 from jaxmods.backbones.llama import LLAMA3_8B, Llama, LlamaConfig
 from jaxmods.generation import Limits, generate
 from jaxmods.nn.kv_cache import KV, Decoding
@@ -31,6 +31,7 @@ from jaxmods.systems.iaa.model import (
     IAA_14,
     Branch,
     IaaModel,
+    Projector,
     Workflow,
     projector_depth,
 )
@@ -420,13 +421,6 @@ class Iaa(System):
         Raises:
           ValueError: a branch that is there in parts, or a missing tower that does not train.
         """
-        fresh: Params = {}
-
-        def drawn() -> Params:
-            if not fresh:
-                fresh.update(unbox(jax.jit(self.init)(jax.random.key(self.seed))))
-            return fresh
-
         params = dict(params)
         bound = {k: b.paths[0] for b in self.weights().bind(params) for k, _ in b.tensors()}
         lost: dict[str, set[str]] = {}
@@ -439,30 +433,43 @@ class Iaa(System):
                     f"{top}: {len(keys)} of its {len(whole)} tensors are missing, as "
                     f"{sorted(keys)[0]}; expected all of them or none"
                 )
-        if "vision_tower" in lost:
+        if "vision_tower" in lost and self.vision is not None:
             if "vision" not in self.trains:
                 raise ValueError(
                     "the vision tower is missing and does not train; expected its tensors "
-                    "(model.vision_tower.vision_tower.vision_model...), see `assemble` in "
-                    "jaxmods/systems/iaa/assemble.py"
+                    "(model.vision_tower.vision_tower.vision_model...); put a Llama and a CLIP "
+                    "into one folder with python -m jaxmods.systems.iaa.assemble"
                 )
-            params["vision_tower"] = drawn()["vision_tower"]
+            params["vision_tower"] = self._drawn_tower(self.vision)
         chosen = jnp.asarray([min(i, self.llama.layers - 1) for i in self.insert_after])
         for branch in sorted((b for b in lost if b in NAMES), reverse=True):  # MM before G
             if branch == "G" and "MM" in params:
                 params["G"] = params["MM"]
                 continue
             base = params["base"]
+            projector = self._drawn_projector(branch)
             params[branch] = {
-                "projector": drawn()[branch].get("projector", {}),
+                **({"projector": projector} if projector else {}),
                 "embedding": base["embedding"],
                 "layers": jax.tree.map(lambda leaf: leaf[chosen], base["layers"]),
                 "final_norm": base["final_norm"],
                 "unembedding": base["embedding"].T if self.llama.tied else base["unembedding"],
             }
-            if not params[branch]["projector"]:
-                del params[branch]["projector"]
         return params
+
+    def _drawn_tower(self, vision: VisionConfig) -> Params:
+        def every(tower: VisionTower, image: jax.Array) -> jax.Array:
+            return tower.pooled(tower.trunk(image))
+
+        image = jnp.zeros((1, vision.image_size, vision.image_size, 3))
+        drawn = VisionTower(vision).init(jax.random.key(self.seed), image, method=every)
+        return unbox(drawn["params"])
+
+    def _drawn_projector(self, branch: Branch) -> Params:
+        assert self.vision is not None
+        key = jax.random.fold_in(jax.random.key(self.seed), BRANCHES.index(branch))
+        module = Projector(self.projector, self.llama.width)
+        return unbox(module.init(key, jnp.zeros((1, self.vision.width))).get("params", {}))
 
     def hub_config(self) -> dict[str, Any]:
         """The `config.json` of the official class, or of LlamaForCausalLM without branches."""
