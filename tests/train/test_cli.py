@@ -45,7 +45,19 @@ def test_help_answers_at_once_and_names_every_command() -> None:
         check=True,
     )
     after = os.times()
-    words = ("list", "describe", "fit", "eval", "report", "import", "export", "data", "13 loss")
+    words = (
+        "list",
+        "describe",
+        "fit",
+        "eval",
+        "sample",
+        "encode",
+        "report",
+        "import",
+        "export",
+        "data",
+        "13 loss",
+    )
     for word in words:
         assert word in done.stdout
     loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
@@ -56,7 +68,7 @@ def test_help_answers_at_once_and_names_every_command() -> None:
 
 @pytest.mark.parametrize(
     "command", [["list"], ["describe"], ["fit"], ["eval"], ["import"], ["export"],
-                ["report"], ["data", "inspect"]]
+                ["report"], ["sample"], ["encode"], ["data", "inspect"]]
 )  # fmt: skip
 def test_every_command_shows_an_example_and_its_exit_codes(
     command: list[str], capsys: pytest.CaptureFixture[str]
