@@ -3,7 +3,8 @@
     JAXMODS_FB15K237=FOLDER python benchmarks/stargraph_eval.py [--width 64] [--weights FOLDER]
 
 Without weights the model is random: the work is the same. `--weights` takes a folder or file
-with an official state dict of the small setting.
+with an official state dict of the small setting; then it is also counted how often the question's
+own entity (the head, where the tail is asked for) scores at least as high as the answer.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from configs.stargraph import fb15k237_small, fb15k237_source
+from data_pipelines.graphs.answers import HEAD, TAIL, true_answers
 from data_pipelines.graphs.pipeline import TripleBatches
 from data_pipelines.graphs.tokenise import TokenSpec, tokenise
-from data_pipelines.graphs.triples import load
+from data_pipelines.graphs.triples import GraphSource, load
+from data_pipelines.protocols.base import Functions
 from data_pipelines.protocols.link_prediction import LinkPrediction
 from jaxmods.partitioning import unbox
 from jaxmods.systems.stargraph.system import StarGraph
@@ -30,6 +34,22 @@ from tests.stargraph.memory import bound
 def peak_gb() -> float:
     """Peak resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def own_entity_above(functions: Functions, source: GraphSource, first: int = 2000) -> float:
+    """Share of the questions of the first test triples whose own entity, a wrong answer, outranks
+    the right one."""
+    graph = load(source)
+    triples = np.concatenate([graph.test[:first]] * 2)
+    mode = np.repeat([TAIL, HEAD], len(triples) // 2).astype(np.int32)
+    asks_head = mode == HEAD
+    known = np.where(asks_head, triples[:, 2], triples[:, 0])
+    answer = np.where(asks_head, triples[:, 0], triples[:, 2])
+    candidates = np.stack([answer, known], 1)
+    score = functions["score_candidates"](known, triples[:, 1], mode, candidates)
+    truth = true_answers(graph.known(), graph.entities, graph.relations)
+    wrong = ~truth.contains(known, triples[:, 1], mode, known[:, None])[:, 0]
+    return float((wrong & (score[:, 1] >= score[:, 0])).mean())
 
 
 def main() -> None:
@@ -70,6 +90,10 @@ def main() -> None:
             f"filtered test, {result.settings['queries']} questions, d {args.width}, {attempt}: "
             f"{result.seconds:.1f} s, MRR {result.metrics['mrr'].value:.4f}, "
             f"peak memory {peak_gb():.2f} GB"
+        )
+    if args.weights:
+        print(
+            f"own entity above the answer: {own_entity_above(functions, source):.1%} of questions"
         )
 
 

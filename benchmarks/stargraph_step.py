@@ -52,7 +52,7 @@ class Setting:
 # The graph has FB15k-237's sizes: 14,505 entities, 237 relations, 272,115 triples.
 ENTITIES, RELATIONS, TRIPLES = 14505, 237, 272_115
 SETTINGS = {
-    "small": Setting(64, 10, 256, 8, 2304, 256, 256),
+    "small": Setting(64, 10, 256, 8, 2304, 320, 256),
     "d512": Setting(512, 20, 128, 64, 6656, 128, 32),
     "d512_full_batch": Setting(512, 20, 512, 64, 14592, 128, 32),
 }

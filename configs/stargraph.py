@@ -80,17 +80,20 @@ def adam(lr: float, steps: int) -> Optim:
 
 
 def tiny() -> Experiment:
-    """Learns composition on a generated graph with known rules, in minutes on a laptop."""
+    """Learns composition on a generated graph with known rules, in two minutes on a laptop.
+
+    Every step encodes all entities once, so that 64 negatives cost hardly more than 8.
+    """
     source = DemoGraph()
     system = StarGraph(
         entities=599,
         relations=11,
         encoder=EncoderConfig(
-            width=64, anchors=188, anchors_per_entity=8, paths=22, center=True, node_width=32
+            width=64, anchors=121, anchors_per_entity=8, paths=21, center=True, node_width=32
         ),
-        negatives=8,
+        distinct=600,
     )
-    steps = 2000
+    steps = 1000
     return Experiment(
         system=system,
         data=pipeline(
@@ -99,9 +102,9 @@ def tiny() -> Experiment:
         steps=steps,
         batch_size=128,
         optim=adam(5e-3, steps),
-        checkpoint=Checkpointing(every=500, keep=2),
+        checkpoint=Checkpointing(every=250, keep=2),
         evaluation=Evaluation(
-            every=500,
+            every=250,
             at_start=True,
             batch_size=512,
             protocols=(LinkPrediction(source, "valid"), LinkPrediction(source, "test")),
@@ -149,9 +152,9 @@ def fb15k237_small() -> Experiment:
 
     d 64, 10 anchors, batch 256, 8 negatives, lr 2e-3, every occurrence with its own dropout.
     """
-    # 256 entities at a time stay in a CPU's cache.
+    # 32 triples with their negatives at a time stay in a CPU's cache.
     encoder = EncoderConfig(width=64, anchors_per_entity=10)
-    system = StarGraph(encoder=encoder, negatives=8, encode_chunk=256)
+    system = StarGraph(encoder=encoder, negatives=8, encode_chunk=320)
     source, steps = fb15k237_source(), 4000
     return Experiment(
         system=system,

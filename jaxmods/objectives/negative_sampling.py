@@ -23,6 +23,7 @@ def negative_sampling_loss(
     weight_B: jax.Array,
     temperature: float | None,
     mask_BN: jax.Array | None = None,
+    total: jax.Array | None = None,
 ) -> NegativeSamplingLoss:
     """Log-sigmoid loss with self-adversarial weights (RotatE, arXiv 1902.10197, equation 6).
 
@@ -36,6 +37,8 @@ def negative_sampling_loss(
       weight_B: importance of each example (sub-sampling weights, or ones; 0 leaves it out).
       temperature: t; None gives every negative the same weight (the mean).
       mask_BN: bool, which negatives count; None for all.
+      total: sum of the weights of a larger batch of which this is a part, so that the losses of all
+        parts add up to that of the batch; None for the sum of `weight_B`.
     """
     positive_B, negative_BN = positive_B.astype(jnp.float32), negative_BN.astype(jnp.float32)
     weight_B = weight_B.astype(jnp.float32)
@@ -45,7 +48,7 @@ def negative_sampling_loss(
     share_BN = jax.lax.stop_gradient(jax.nn.softmax(logits, axis=-1))
     negative = jnp.sum(share_BN * jax.nn.log_sigmoid(-negative_BN), axis=-1)
     positive = jax.nn.log_sigmoid(positive_B)
-    total = jnp.sum(weight_B)
+    total = jnp.sum(weight_B) if total is None else total
     positive_loss = -jnp.sum(weight_B * positive) / total
     negative_loss = -jnp.sum(weight_B * negative) / total
     return NegativeSamplingLoss((positive_loss + negative_loss) / 2, positive_loss, negative_loss)

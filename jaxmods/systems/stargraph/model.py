@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxmods.partitioning import constrain
 from jaxmods.systems.stargraph.attention import attend
 from jaxmods.systems.stargraph.dropout import Seed, dropout, fold
+from jaxmods.systems.stargraph.feed_forward import feed_forward, gelu
 
 HEADS = 8
 EPSILON = 2.0  # embedding range is (gamma + EPSILON) / width
@@ -212,11 +213,12 @@ class Encoder(nn.Module):
             x_ELD = self._attention(layer, x_ELD, site, rate, capture)
             if last and rate == 0.0 and capture is None:
                 # Mean pooling commutes with the last linear layer: pool first, L times less work.
-                hidden = self._mlp_hidden(layer, x_ELD, None, 0.0).mean(1)
+                hidden = self._mlp_hidden(layer, x_ELD).mean(1)
                 return x_ELD.mean(1) + self._mlp_out(layer, hidden)
-            hidden = self._mlp_hidden(layer, x_ELD, site, rate)
-            out = self._mlp_out(layer, hidden)
-            x_ELD = x_ELD + dropout(out, None if site is None else fold(site, 3), rate)
+            if site is not None and rate > 0.0:
+                x_ELD = x_ELD + self._mlp(layer, x_ELD, site, rate)
+            else:
+                x_ELD = x_ELD + self._mlp_out(layer, self._mlp_hidden(layer, x_ELD))
             if capture is not None:
                 capture[f"block{layer}.out"] = x_ELD
         if c.merge == "mean_pooling":
@@ -267,13 +269,15 @@ class Encoder(nn.Module):
             capture[f"block{layer}.attn_out"] = out
         return x_ELD + out
 
-    def _mlp_hidden(
-        self, layer: int, x_ELD: jax.Array, site: Seed | None, rate: float
-    ) -> jax.Array:
+    def _mlp(self, layer: int, x_ELD: jax.Array, site: Seed, rate: float) -> jax.Array:
+        weights = (w[layer] for pair in (self.mlp_1, self.mlp_2) for w in pair)
+        return feed_forward(
+            self._norm(1, layer, x_ELD), *weights, fold(site, 2), fold(site, 3), rate
+        )
+
+    def _mlp_hidden(self, layer: int, x_ELD: jax.Array) -> jax.Array:
         kernel, bias = self.mlp_1
-        hidden = self._norm(1, layer, x_ELD) @ kernel[layer] + bias[layer]
-        hidden = jax.nn.gelu(hidden, approximate=False)
-        return dropout(hidden, None if site is None else fold(site, 2), rate)
+        return gelu(self._norm(1, layer, x_ELD) @ kernel[layer] + bias[layer])
 
     def _mlp_out(self, layer: int, hidden: jax.Array) -> jax.Array:
         kernel, bias = self.mlp_2

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmods.objectives.negative_sampling import negative_sampling_loss
+from jaxmods.partitioning import constrain
 from jaxmods.system import FROZEN, TRAIN, ArraySpec, Batch, LossOutput, Params, State, System
 from jaxmods.systems.stargraph import scores
+from jaxmods.systems.stargraph.chunks import sum_of_parts
 from jaxmods.systems.stargraph.dropout import Seed, fold, make_seed
 from jaxmods.systems.stargraph.model import EPSILON, Encoder, EncoderConfig, rows
 from jaxmods.systems.stargraph.objective import occurrence_vectors, triple_scores
@@ -44,8 +46,9 @@ class StarGraph(System):
       distinct: 0: every occurrence of an entity is encoded with its own dropout, as the official
         code does. More: the batch lists at most this many distinct entities, each encoded once;
         equal with dropout off, otherwise dropout is shared by the occurrences in a step.
-      encode_chunk: entities encoded at a time in training, keeping only the results of matrix
-        products for the backward pass; 0 for all at once, with everything kept.
+      encode_chunk: entities encoded at a time in training, about as many as stay in a cache; 0 for
+        all at once. Without `distinct` the gradient of so many is taken before the next are
+        encoded; with it, the results of matrix products are kept for the backward pass.
       row_multiple: rows of tables are rounded up to this, so that a mesh can split them; the data
         must be tokenised with the same number.
     """
@@ -128,27 +131,78 @@ class StarGraph(System):
     ) -> LossOutput:
         """Negative-sampling loss of a batch laid out as `batch_spec` says."""
         del step
-        positive_B3, negative_BN, mode = batch["positive"], batch["negative"], batch["mode"]
         seed = make_seed(rng) if self.encoder.dropout else None
-        encode = self._training_encoder(params, seed)
+        if self.encode_chunk and not self.distinct:
+            loss, sums = self._loss_in_parts(params, batch, seed)
+        else:
+            loss, sums = self._loss(params, batch, seed, jnp.sum(batch["weight"]))
+        count, negatives = batch["negative"].shape
+        metrics = {
+            "positive_loss": sums["positive_loss"],
+            "negative_loss": sums["negative_loss"],
+            "positive_score": sums["positive_score"] / count,
+            "negative_score": sums["negative_score"] / (count * negatives),
+        }
+        return LossOutput(loss, metrics, state)
+
+    def _loss(
+        self, params: Params, batch: Batch, seed: Seed | None, total: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Loss of a batch, or its share of a larger one with weights adding up to `total`; sums of
+        scores. `batch["counts"]`, where it is there, is 0 for triples that are only padding."""
+        positive_B3, negative_BN, mode = batch["positive"], batch["negative"], batch["mode"]
         if self.distinct:
-            table_UD = encode(batch["entities"])
+            table_UD = self._training_encoder(params, seed)(batch["entities"])
             head, tail = table_UD[positive_B3[:, 0]], table_UD[positive_B3[:, 2]]
             negative = table_UD[negative_BN]
         else:
+            encode = functools.partial(self._encode, params, seed=seed)
             head, tail, negative = occurrence_vectors(encode, positive_B3, negative_BN)
         terms = self.relation_terms(params, positive_B3[:, 1])
-        positive_score, negative_score = triple_scores(terms, head, tail, negative, mode)
+        positive_B, negative_score_BN = triple_scores(terms, head, tail, negative, mode)
         out = negative_sampling_loss(
-            positive_score, negative_score, batch["weight"], self.temperature
+            positive_B, negative_score_BN, batch["weight"], self.temperature, total=total
         )
-        metrics = {
+        counts_B = batch.get("counts", jnp.ones_like(positive_B))
+        sums = {
             "positive_loss": out.positive,
             "negative_loss": out.negative,
-            "positive_score": positive_score.mean(),
-            "negative_score": negative_score.mean(),
+            "positive_score": jnp.sum(counts_B * positive_B),
+            "negative_score": jnp.sum(counts_B[:, None] * negative_score_BN),
         }
-        return LossOutput(out.loss, metrics, state)
+        return out.loss, sums
+
+    def _loss_in_parts(
+        self, params: Params, batch: Batch, seed: Seed | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """`_loss` of a batch, a few triples at a time, gradients included."""
+        size = batch["weight"].shape[0]
+        each, count = _even(size, max(1, self.encode_chunk // (self.negatives + 2)))
+
+        def split(x: jax.Array) -> jax.Array:
+            """[B, ...] -> [parts, triples, ...]; the triples of a part lie `parts` apart, so that
+            a batch split over devices stays where it is."""
+            x = jnp.pad(x, [(0, count * each - size), *[(0, 0)] * (x.ndim - 1)])
+            x = x.reshape(each, count, *x.shape[1:])
+            return constrain(x, ("batch", *(None,) * (x.ndim - 1))).swapaxes(0, 1)
+
+        parts = jax.tree.map(split, {**batch, "counts": jnp.ones(size, jnp.float32)})
+        constants = {
+            GRAPH: params[GRAPH],
+            "seed": seed,
+            "total": jnp.sum(batch["weight"]),
+        }
+
+        def contribution(
+            params: Params, constants: Any, part: tuple[Batch, jax.Array]
+        ) -> tuple[jax.Array, dict[str, jax.Array]]:
+            triples, number = part
+            site = None if constants["seed"] is None else fold(constants["seed"], number)
+            whole = {**params, GRAPH: constants[GRAPH]}
+            return self._loss(whole, triples, site, constants["total"])
+
+        floating = {k: v for k, v in params.items() if k != GRAPH}
+        return sum_of_parts(contribution, floating, constants, (parts, jnp.arange(count)))
 
     def functions(self) -> dict[str, Callable[..., Any]]:
         """Inference, dropout off. B rows each; entity and relation ids are int32.
@@ -309,9 +363,9 @@ class StarGraph(System):
             return lambda ids: self._encode(params, ids, seed)
 
         def chunked(ids: jax.Array) -> jax.Array:
-            count = -(-ids.shape[0] // self.encode_chunk)
-            padded = jnp.pad(ids, (0, count * self.encode_chunk - ids.shape[0]))
-            parts = padded.reshape(count, self.encode_chunk)
+            each, count = _even(ids.shape[0], self.encode_chunk)
+            padded = jnp.pad(ids, (0, count * each - ids.shape[0]))
+            parts = padded.reshape(count, each)
 
             # Products are kept for the backward pass, what lies between them is computed again.
             @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
@@ -338,6 +392,12 @@ class StarGraph(System):
         if e.nodes:
             tables["nodes"] = ((count, e.nodes), "entities", self.entities)
         return tables
+
+
+def _even(size: int, limit: int) -> tuple[int, int]:
+    """How many in each of how many parts, so that no part exceeds `limit` and little is padded."""
+    count = -(-size // limit)
+    return -(-size // count), count
 
 
 def _padding_id(array: np.ndarray) -> int:
