@@ -34,7 +34,7 @@ def test_every_recipe_has_shapes_labels_and_an_optimiser(name: str) -> None:
     json.dumps(canonical(experiment))
 
 
-@pytest.mark.parametrize("name", ["fgclip/tiny", "stargraph/tiny"])
+@pytest.mark.parametrize("name", ["fgclip/tiny", "refton/tiny", "stargraph/tiny"])
 def test_batches_are_those_of_the_system(name: str) -> None:
     experiment = resolve(name, ()).experiment
     spec = experiment.system.batch_spec(experiment.batch_size)
