@@ -261,8 +261,8 @@ def write_parts(
             writer.close()
             partial.unlink()
             continue
-        _finish(writer, partial, folder, number)
         _write_whole(begun, {**wanted, "arrays": form.shapes})
+        _finish(writer, partial, folder, number)
     files = sorted(folder.glob(f"*{SUFFIX}"))
     if not files:
         raise DataError(f"{folder}: expected at least one example, found none")

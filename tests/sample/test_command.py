@@ -2,46 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from data_pipelines.samplers.outputs import encode_picture, read_metadata
 from jaxmods.partitioning import make_mesh, unbox
-from jaxmods.system import Params
 from tests.sample import toy
 from train.chat import chat
-from train.checkpoint import save_params
+from train.checkpoint import Checkpoints, save_params
 from train.cli import main
 from train.exits import ExitCode
-from train.loop import fit
+from train.recipes import Recipe
 from train.sample import Given, Runner
-from train.state import make_plan
+from train.state import init_state, make_plan
+from train.workdir import match_recipe
 
 RECIPE = "tests.sample.toy:tinting"
 Sample = Callable[..., int]
 
 
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    """The command line takes the log for itself; give it back."""
-    log, absl = logging.getLogger("train"), logging.getLogger("absl")
-    saved = (log.handlers[:], log.level, log.propagate, absl.level)
-    yield
-    log.handlers[:], log.level, log.propagate, absl.level = saved
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of parameters."""
-    import jax
-
     folder = tmp_path_factory.mktemp("weights")
     save_params(folder, unbox(toy.Tinting().init(jax.random.key(0))), {"step": 7})
     return folder
@@ -163,24 +154,32 @@ def test_one_example_of_a_command_line(
 
 
 def test_the_moving_average_of_a_run_is_used(tmp_path: Path) -> None:
-    import dataclasses
-
-    recipe = dataclasses.replace(toy.tinting(), steps=6)
-    result = fit(recipe, tmp_path / "run", quiet=True)
-    plan = make_plan(recipe, make_mesh(recipe.mesh))
-    options = ["--workdir", str(tmp_path / "run"), "--set", "steps=6", "system.brightness=0.25"]
-    assert main(["sample", RECIPE, *options, "--count", "1", "--out", str(tmp_path / "o")]) == 0
-    (line,) = lines(tmp_path / "o")
-    picture, key = np.zeros((1, toy.HEIGHT, toy.WIDTH, 3), np.uint8), np.array([[0, 0]], np.uint32)
-
-    def mean(params: Params) -> float:
-        plain = dataclasses.replace(recipe.system, brightness=0.25)  # type: ignore[call-arg] # toy
-        other = dataclasses.replace(plan, experiment=dataclasses.replace(recipe, system=plain))
-        return float(np.asarray(Runner(other, params).run("sample", (picture, key))).mean())
-
-    averaged, newest = mean(result.state.averaged), mean(result.state.params)
-    assert averaged != newest
+    recipe, run = toy.tinting(), tmp_path / "run"
+    state = init_state(make_plan(recipe, make_mesh(recipe.mesh)))
+    state = dataclasses.replace(state, ema=jax.tree.map(lambda x: x + 0.1, state.trained))
+    run.mkdir()
+    match_recipe(run, Recipe(RECIPE, (), recipe), ())
+    checkpoints = Checkpoints(run, recipe.checkpoint)
+    checkpoints.begin(state)
+    checkpoints.save(state, {})
+    checkpoints.close()
+    options = ["--workdir", str(run), "--count", "1", "--out", str(tmp_path / "out")]
+    assert main(["sample", RECIPE, *options, "--set", "system.brightness=0.25"]) == ExitCode.OK
+    (line,) = lines(tmp_path / "out")
+    picture, key = (
+        jnp.zeros((1, toy.HEIGHT, toy.WIDTH, 3), jnp.uint8),
+        jnp.zeros((1, 2), jnp.uint32),
+    )
+    system = toy.Tinting(brightness=0.25)
+    averaged, newest = (
+        float(system.sample(params, picture, key).mean())
+        for params in (state.averaged, state.params)
+    )
+    assert averaged > newest + 0.05
     assert line["mean"] == pytest.approx(averaged, rel=1e-6)
+    # What parameters depend on has to be that of the run.
+    other = [*options[:-1], str(tmp_path / "other"), "--set", "system.width=8"]
+    assert main(["sample", RECIPE, *other]) == ExitCode.ERROR
 
 
 @pytest.mark.parametrize(
@@ -252,8 +251,6 @@ def test_recipes_and_folders_that_cannot_be_used(
 
 
 def test_talking(weights: Path, tmp_path: Path) -> None:
-    import jax
-
     recipe = toy.tinting()
     params = unbox(recipe.system.init(jax.random.key(0)))
     runner = Runner(make_plan(recipe, make_mesh(recipe.mesh)), params)
