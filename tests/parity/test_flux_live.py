@@ -372,7 +372,8 @@ def official_conversion(state: dict[str, Any], width: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_original_layout_as_diffusers_converts_it(prefix: str) -> None:
-    """A file in the original layout, written here, is converted there into the same model."""
+    """A file in the original layout, written here, is converted there into the same model, and
+    comes back to the bit by the other layout."""
     theirs, params = pair(TINY)
     weight_map = flux_map(TINY, "bfl").under(prefix)
     original = {k: torch.tensor(v.all()) for k, v in export_tensors(params, weight_map).items()}
@@ -381,3 +382,9 @@ def test_original_layout_as_diffusers_converts_it(prefix: str) -> None:
     assert converted.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(converted[key], value), key
+    with memory_reader({k: v.numpy() for k, v in original.items()}) as reader:
+        again = import_params(reader, weight_map, partitioning.unbox(params)).params
+    back = {k: torch.tensor(v.all()) for k, v in export_tensors(again, flux_map(TINY)).items()}
+    assert back.keys() == expected.keys()
+    assert all(torch.equal(back[key], value) for key, value in expected.items())
+    flux_model(TINY).load_state_dict(back, strict=True)

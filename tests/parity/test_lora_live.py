@@ -235,13 +235,31 @@ def flux_output(model: Any) -> np.ndarray:
         ).sample.numpy()
 
 
+def flux_ours(params: Params) -> jax.Array:
+    """This library's output for the inputs of `flux_output`."""
+    generator = torch.Generator().manual_seed(5)
+    image, text, pooled = (
+        jnp.asarray(torch.randn(size, generator=generator).numpy())
+        for size in ((2, 4, 8), (2, 3, 12), (2, 10))
+    )
+    return FluxTransformer(TINY).apply(
+        {"params": params},
+        Tokens(image, grid_ids(2, 2)),
+        Tokens(text, text_ids(3)),
+        pooled,
+        jnp.array([0.3, 0.8]),
+        jnp.array([2.5, 2.5]),
+    )
+
+
 def test_diffusers_loads_ours(tmp_path: Path) -> None:
-    """Saved as diffusers, loaded by diffusers' own loader into its FLUX: the same output as from
-    our merged weights in the same class."""
+    """Saved for diffusers and for PEFT, loaded by their own loaders into diffusers' FLUX: the same
+    output as here with the adapters attached, and as from our merged weights in that class."""
     base, names = flux_base(TINY), Published(flux_map(TINY))
     config = lora.LoraConfig(lora.targets_of(names, base, FLUX_SUFFIXES), rank=3, alpha=5.0)
     adapters = random_adapters(base, config)
     lora.save(tmp_path / "x", adapters, config, base, [names], dialect="diffusers")
+    lora.save(tmp_path / "y", adapters, config, base, [names], dialect="peft")
 
     model = flux_torch()
     weights = imported({k: v.numpy() for k, v in model.state_dict().items()}, flux_map(TINY), base)
@@ -249,9 +267,17 @@ def test_diffusers_loads_ours(tmp_path: Path) -> None:
     state, _, metadata = diffusers.FluxPipeline.lora_state_dict(
         tmp_path / "x", return_alphas=True, return_lora_metadata=True
     )
+    # The scale is stated in the metadata alone: without them diffusers would take 1.
+    assert (metadata["transformer.r"], metadata["transformer.lora_alpha"]) == (3, 5)
     model.load_lora_adapter(state, prefix="transformer", metadata=metadata)
     theirs = flux_output(model)
     assert relative(theirs, plain) > 0.01
+    ours = jax.jit(flux_ours)(lora.attach(weights, adapters, config))
+    assert relative(ours, theirs) < TOLERANCE
+
+    wrapped = peft.PeftModel.from_pretrained(flux_torch(), tmp_path / "y")
+    assert wrapped.peft_config["default"].lora_alpha == 5
+    assert relative(flux_output(wrapped), theirs) < TOLERANCE
 
     merged = flux_torch()
     state = exported(lora.merge(weights, adapters, config), flux_map(TINY))
