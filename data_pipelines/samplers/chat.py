@@ -1,7 +1,8 @@
 """Talking to a model about a picture (IAA): questions, boxes, text alone, and conversations.
 
-    jaxmods sample iaa/tiny --input image=photo.jpg --input "prompt=What is this?"
-    jaxmods sample iaa/tiny --input image=photo.jpg --input "expression=the red ball"
+    jaxmods sample iaa/tiny --out said --image photo.jpg --prompt "What is this?"
+    jaxmods sample iaa/tiny --out found --input image=photo.jpg "expression=the red ball"
+    jaxmods sample iaa/tiny --chat --image photo.jpg
 
 With a picture, a prompt goes to the general workflow and an expression to grounding, whose boxes
 are drawn onto the picture; without one, the language model answers alone. In a conversation, a line
