@@ -1,4 +1,4 @@
-"""The FLUX transformer without its reference: sizes, tokens, positions, layouts, meshes, errors."""
+"""The FLUX transformer without its reference: sizes, tokens, positions, meshes, errors."""
 
 from __future__ import annotations
 
@@ -14,19 +14,14 @@ import pytest
 
 from jaxmods import partitioning
 from jaxmods.backbones.flux import (
-    BFL_PREFIX,
     CONTROL,
     DEV,
     FILL,
     SCHNELL,
     FluxConfig,
     FluxTransformer,
-    Layout,
-    Rope,
     Tokens,
     apply_rope,
-    find_layout,
-    flux_map,
     forward_flops,
     grid_ids,
     pack,
@@ -40,97 +35,9 @@ from jaxmods.nn.layers import Linear, dense
 from jaxmods.nn.lora.adapters import LoraConfig
 from jaxmods.nn.stack import run
 from jaxmods.partitioning import MeshShape, make_mesh, sharding_for, tree_shardings, use_mesh
-from jaxmods.weights import (
-    Reorder,
-    WeightError,
-    WeightMap,
-    export_tensors,
-    import_params,
-    memory_reader,
-    report,
-)
-from jaxmods.weights.lazy import from_numpy, same_bits
+from jaxmods.systems.flux.base import FluxBase
+from tests.flux_tiny import BATCH, GRID, MODEL, TEXT, TINY, apply, batch_of, boxed, call, params_of
 from train.preflight.flops import count
-
-TINY = FluxConfig(
-    in_channels=8,
-    out_channels=8,
-    double_layers=2,
-    single_layers=3,
-    heads=4,
-    head_dim=8,
-    text_width=16,
-    pooled_width=8,
-    rope_axes=(4, 2, 2),
-)
-GRID, TEXT, BATCH = (2, 4), 6, 8
-MODEL = FluxTransformer(TINY)
-
-
-def apply(
-    params: Any, batch: Any, model: FluxTransformer = MODEL, rope: Rope | None = None
-) -> jax.Array:
-    """The whole model on a batch of `batch_of`."""
-    return model.apply(
-        {"params": params},
-        [
-            Tokens(batch["noise"], grid_ids(*GRID)),
-            Tokens(batch["condition"], grid_ids(*GRID, label=1)),
-        ],
-        Tokens(batch["text"], text_ids(TEXT)),
-        batch["pooled"],
-        batch["time"],
-        batch["guidance"],
-        rope=rope,
-    )
-
-
-def batch_of(config: FluxConfig = TINY, size: int = BATCH) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-
-    def normal(*shape: int) -> np.ndarray:
-        return rng.normal(size=(size, *shape)).astype(np.float32)
-
-    return {
-        "noise": normal(math.prod(GRID), config.in_channels),
-        "condition": normal(math.prod(GRID), config.in_channels),
-        "text": normal(TEXT, config.text_width),
-        "pooled": normal(config.pooled_width),
-        "time": rng.random(size).astype(np.float32),
-        "guidance": (1 + 3 * rng.random(size)).astype(np.float32),
-    }
-
-
-def boxed(config: FluxConfig) -> Any:
-    """Abstract parameters with logical axes."""
-    model = FluxTransformer(config)
-    batch = batch_of(config, 1)
-
-    def init(rng: jax.Array) -> Any:
-        return model.init(rng, batch, method=lambda m, b: _call(m, b))["params"]
-
-    return jax.eval_shape(init, jax.random.key(0))
-
-
-def _call(model: FluxTransformer, batch: Any) -> jax.Array:
-    return model(
-        Tokens(batch["noise"], grid_ids(*GRID)),
-        Tokens(batch["text"], text_ids(TEXT)),
-        batch["pooled"],
-        batch["time"],
-        batch["guidance"] if model.config.guidance else None,
-    )
-
-
-@functools.cache
-def params_of(config: FluxConfig = TINY) -> Any:
-    """Random everywhere: freshly initialised, every block is the identity."""
-    rng = np.random.default_rng(1)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32),
-        partitioning.unbox(boxed(config)),
-    )
-
 
 # Sizes ---------------------------------------------------------------------------------------
 
@@ -203,6 +110,15 @@ def test_packing() -> None:
         unpack(jnp.asarray(packed), 4, 8)
 
 
+def test_sizes_of_pictures() -> None:
+    """Sides are multiples of 16: 8 of the autoencoder, 2 of the packing."""
+    base = FluxBase()
+    assert base.grid(1024, 768) == (128, 96)
+    for height, width in ((1000, 768), (1024, 760), (0, 16)):
+        with pytest.raises(ValueError, match=f"multiples of 16, found {height} x {width}"):
+            base.grid(height, width)
+
+
 def test_positions_of_grids() -> None:
     """Kontext's condition, and RefTON's of half the resolution."""
     assert grid_ids(2, 2, label=1).tolist() == [[1, 0, 0], [1, 0, 1], [1, 1, 0], [1, 1, 1]]
@@ -267,7 +183,7 @@ def test_start() -> None:
 
     @jax.jit
     def first(rng: jax.Array) -> tuple[jax.Array, Any]:
-        params = partitioning.unbox(MODEL.init(rng, batch, method=_call)["params"])
+        params = partitioning.unbox(MODEL.init(rng, batch, method=call)["params"])
         last = params["proj_out"]
 
         def total(last: Any) -> tuple[jax.Array, jax.Array]:
@@ -351,80 +267,6 @@ def test_whole_numbers_among_the_layers() -> None:
     assert (
         jax.grad(total)(layers["w"], True).tolist() == jax.grad(total)(layers["w"], False).tolist()
     )
-
-
-# Weights ---------------------------------------------------------------------------------------
-
-
-def random_bits(weight_map: WeightMap, abstract: Any, dtype: Any) -> dict[str, np.ndarray]:
-    """A state dict of any bits, NaNs among them."""
-    rng = np.random.default_rng(0)
-    size = jnp.dtype(dtype).itemsize
-    return {
-        key: rng.integers(0, 256, (*shape[:-1], shape[-1] * size), np.uint8).view(dtype)
-        for key, shape in weight_map.torch_shapes(abstract).items()
-    }
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("layout", ["diffusers", "bfl"])
-def test_round_trip_keeps_every_bit(layout: Layout, dtype: Any) -> None:
-    weight_map = flux_map(TINY, layout)
-    abstract = partitioning.unbox(boxed(TINY))
-    state = random_bits(weight_map, abstract, dtype)
-    with memory_reader(state) as reader:
-        params = import_params(reader, weight_map, abstract).params
-    back = export_tensors(params, weight_map)
-    assert back.keys() == state.keys()
-    assert all(same_bits(back[key].all(), value) for key, value in state.items())
-
-
-def test_layouts() -> None:
-    abstract = partitioning.unbox(boxed(TINY))
-    keys = {
-        name: list(flux_map(TINY, name).torch_shapes(abstract)) for name in ("diffusers", "bfl")
-    }
-    assert find_layout(keys["diffusers"]) == ("diffusers", "")
-    assert find_layout(keys["bfl"]) == ("bfl", "")
-    assert find_layout(BFL_PREFIX + key for key in keys["bfl"]) == ("bfl", BFL_PREFIX)
-    with pytest.raises(WeightError, match=r"expected transformer_blocks\.\*.*first keys: encoder"):
-        find_layout(["encoder.conv_in.weight"])
-
-
-def test_files_that_do_not_fit() -> None:
-    abstract = partitioning.unbox(boxed(TINY))
-    weight_map = flux_map(TINY)
-    state = random_bits(weight_map, abstract, np.float32)
-    state["extra.weight"] = state.pop("transformer_blocks.1.attn.to_out.0.bias")
-    state["x_embedder.weight"] = state["x_embedder.weight"][:, :4]
-    with memory_reader(state) as reader:
-        text = str(report(reader, weight_map, abstract))
-        with pytest.raises(WeightError, match=r"transformer_blocks\.1\.attn\.to_out\.0\.bias"):
-            import_params(reader, weight_map, abstract)
-    assert "extra.weight" in text
-    assert "x_embedder.weight" in text
-    schnell = dataclasses.replace(TINY, guidance=False)
-    with (
-        memory_reader(random_bits(weight_map, abstract, np.float32)) as reader,
-        pytest.raises(WeightError, match="guidance_embedder"),
-    ):
-        import_params(reader, flux_map(schnell), partitioning.unbox(boxed(schnell)))
-
-
-def test_reordered_parts() -> None:
-    """Part n of JAX is part order[n] of PyTorch, read whole or in pieces."""
-    values = np.arange(24.0).reshape(2, 12)
-    transform = Reorder(axis=-1, order=(2, 0, 1))
-    (moved,) = transform.to_jax((from_numpy(values, "w"),), ((2, 12),))
-    expected = np.concatenate([values[:, 8:], values[:, :4], values[:, 4:8]], axis=1)
-    np.testing.assert_array_equal(moved.all(), expected)
-    np.testing.assert_array_equal(moved.read(((1, 2), (3, 9))), expected[1:2, 3:9])
-    (back,) = transform.to_torch((from_numpy(expected, "w"),), 1)
-    np.testing.assert_array_equal(back.all(), values)
-    with pytest.raises(ValueError, match="cannot be divided into 3 equal parts"):
-        transform.torch_shapes(((2, 10),), 1)
-    with pytest.raises(ValueError, match=r"order of 0\.\.n-1, found \(0, 2\)"):
-        Reorder(axis=0, order=(0, 2))
 
 
 # Meshes ----------------------------------------------------------------------------------------
