@@ -118,7 +118,7 @@ TINY = dataclasses.replace(
     branch="MM",
     trains=(*ADAPTOR, "vision"),
     max_tokens=128,
-    prompt_tokens=96,
+    prompt_tokens=128,
     new_tokens=24,
 )
 
