@@ -83,6 +83,7 @@ def interleave(
     inserted_layer: Layer,
     *,
     policy: Remat = "none",
+    by_index: bool = False,
 ) -> tuple[jax.Array, Any, Any]:
     """x after all base layers with the inserted ones between them.
 
@@ -91,6 +92,8 @@ def interleave(
       x_BTD: activations. insert_after: I.
       base_layer, inserted_layer: what one layer does with its part of the tree.
       policy: what the backward pass recomputes, layer by layer.
+      by_index: read the inserted layers from their stack by index, too: no copies where nothing is
+        differentiated, as in decoding.
 
     Returns:
       (x, outputs of the base layers, outputs of the inserted layers that ran), stacked; None where
@@ -101,10 +104,11 @@ def interleave(
 
     @functools.partial(remat, policy=policy)
     def one_base(whole: Any, index: jax.Array, x: jax.Array) -> tuple[jax.Array, Any]:
-        part = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, 0, False), whole)
-        return base_layer(part, x)
+        return base_layer(_at(whole, index), x)
 
-    one_inserted = remat(inserted_layer, policy)
+    @functools.partial(remat, policy=policy)
+    def one_inserted(part: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+        return inserted_layer(_at(inserted, part) if by_index else part, x)
 
     def some_base(x: jax.Array, first: Any, count: int) -> tuple[jax.Array, Any]:
         if count == 1:
@@ -118,11 +122,12 @@ def interleave(
     for group in groups:
         width = len(group.counts)
         taken = group.repeats * width
+        numbers = jnp.arange(jax.tree.leaves(inserted)[0].shape[0])
         parts = jax.tree.map(
             lambda leaf, start=at_inserted, taken=taken, group=group: leaf[
                 start : start + taken
             ].reshape(group.repeats, -1, *leaf.shape[1:]),
-            inserted,
+            numbers if by_index else inserted,
         )
         stride = sum(group.counts)
         starts = at_base + stride * jnp.arange(group.repeats)
@@ -148,6 +153,11 @@ def interleave(
         x_BTD, out = some_base(x_BTD, at_base, rest)
         of_base.append(out)
     return x_BTD, _joined(of_base), _joined(of_inserted)
+
+
+def _at(stack: Any, index: jax.Array) -> Any:
+    """One layer of a stack."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, 0, False), stack)
 
 
 def _joined(trees: list[Any]) -> Any:

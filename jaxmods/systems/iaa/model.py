@@ -299,15 +299,14 @@ class IaaModel(nn.Module):
             return template.apply({"params": params}, x, context, past, method="cached")
 
         kept_base, kept_own = (None, None) if state is None else state.cache
-        used = len([i for i in self.insert_after if i < self.llama.layers])
-        layers = jax.tree.map(lambda leaf: leaf[:used], own.layers)
         x, *fresh = interleave(
             (self.base.layers, kept_base),
-            (layers, kept_own),
+            (own.layers, kept_own),
             constrain(x, ("batch", "seq", None)),
             self.insert_after,
             layer,
             layer,
+            by_index=True,
         )
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
         logits = unembed(own.final_norm(last), own.unembedding)
