@@ -195,8 +195,9 @@ def keep_whole(x: jax.Array) -> jax.Array:
     identity outside a mesh.
 
     `jaxmods.nn.layers.Linear` asks this of every activation along "embed". It is the usual layout,
-    and it keeps XLA (seen in jaxlib 0.10.2, with either partitioner) from a product that it gets
-    wrong: with x [("data", "fsdp"), "tensor"], a kernel ["tensor", "fsdp"] and a result
+    and it keeps XLA (seen on the CPU, jaxlib 0.10.2, with Shardy and with GSPMD; the program of
+    libtpu 0.0.52 has no such exchange) from a product that it gets wrong: with x
+    [("data", "fsdp"), "tensor"], a kernel ["tensor", "fsdp"] and a result
     [("data", "fsdp"), "tensor"] it exchanges the rows of "data" and "fsdp" and never puts them
     back. Left alone, it chooses that layout for a result that is multiplied by a gate which is
     itself split. `tests/test_flux.py` holds the case.
