@@ -187,7 +187,12 @@ def test_operations_of_the_encoders(config: AutoencoderConfig) -> None:
     model = AutoencoderKL(config)
     shapes = unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3))))
     picture = jax.ShapeDtypeStruct((1, 64, 48, 3), jnp.float32)
-    traced = jax.make_jaxpr(lambda p, x: model.apply(p, x, method="encode").mean)(shapes, picture)
+
+    def encode(params: Params, pixels: jax.Array) -> jax.Array:
+        posterior: Any = model.apply(params, pixels, method="encode")
+        return posterior.mean
+
+    traced = jax.make_jaxpr(encode)(shapes, picture)
     assert flops.count(traced).total == pytest.approx(encoder_flops(config, 64, 48), rel=1e-6)
 
 

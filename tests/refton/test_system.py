@@ -20,12 +20,13 @@ from jaxmods.systems.flux.base import to_unit
 from jaxmods.systems.flux.objective import draw
 from jaxmods.systems.flux.sample import Sampling
 from jaxmods.systems.flux.squares import Squares
+from jaxmods.systems.refton.layout import Optional
 from jaxmods.systems.refton.system import RefTon
 from tests.refton.tiny import BASE, PLAIN, SYSTEM, random_arrays, random_params
 
 ROWS = 2
 # fp32 sums in another order: masked keys are summed along with the others, as zeros.
-CLOSE = {"rtol": 2e-5, "atol": 2e-6}
+CLOSE: dict[str, Any] = {"rtol": 2e-5, "atol": 2e-6}
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,7 @@ def test_prompt_of_the_state_is_that_of_the_encoders() -> None:
 @pytest.mark.parametrize("prob", [(0.5, 0.5), (1.0, 0.0)])
 def test_batches_of_the_pipeline_fit(prob: tuple[float, float]) -> None:
     person, reference = prob
-    optional = ("reference",) if reference else ()
+    optional: tuple[Optional, ...] = ("reference",) if reference else ()
     system = dataclasses.replace(SYSTEM, optional=optional)
     source = TryOnScenes(count=4, height=32, width=24)
     data = pipeline(system, source, person_prob=person, reference_prob=reference)

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from configs.refton import pipeline
-from data_pipelines.protocols.try_on import TryOn
 from data_pipelines.scenes.try_on import TryOnScenes
 from jaxmods.systems.refton.weights import save_pipeline
 from tests.refton.tiny import SYSTEM, random_params
-from train.experiment import Checkpointing, Evaluation, Experiment, Init, Optim, Precision
+from train.experiment import Checkpointing, Experiment, Init, Optim, Precision
 from train.interchange import import_weights
 from train.loop import fit
 
@@ -22,27 +21,14 @@ SOURCE = TryOnScenes(count=8, height=32, width=24)
 
 
 def experiment(weights: Path) -> Experiment:
-    data = pipeline(SYSTEM, SOURCE)
-    protocol = TryOn(
-        SOURCE,
-        data.frame,
-        subject="agnostic",
-        reference=True,
-        scores=("ssim",),
-        encoding="png",
-        batch_size=8,
-        limit=8,
-        multiple=SYSTEM.base.multiple,
-    )
     return Experiment(
         system=SYSTEM,
-        data=data,
+        data=pipeline(SYSTEM, SOURCE),
         batch_size=8,
         steps=2,
         optim=Optim(lr=1e-2, schedule="constant", weight_decay=1e-4, clip_norm=1.0),
         precision=Precision(frozen="bfloat16", compute="bfloat16"),
         checkpoint=Checkpointing(every=2),
-        evaluation=Evaluation(batch_size=8, protocols=(protocol,)),
         init=Init(weights=str(weights)),
     )
 
@@ -61,8 +47,6 @@ def test_only_adapters_change_and_are_saved(tmp_path: Path) -> None:
     # b was zero: every adapter has moved.
     changed = jax.tree_util.tree_leaves_with_path(result.state.trained)
     assert all(np.any(leaf) for path, leaf in changed if path[-1].key == "b")
-    (metrics,) = (r.metrics for r in result.results.values())
-    assert 0 <= metrics["garment_accuracy"].value <= 1
 
     def size(folder: Path) -> int:
         return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
