@@ -143,13 +143,14 @@ class Runner:
             axes = [spec.axes for spec in specs]
         mesh, rules = self._plan.mesh, self._plan.experiment.rules
         return [
-            jax.make_array_from_callback(
-                array.shape,
-                sharding_for(array.shape, names, mesh, rules),
-                lambda index, array=array: array[index],
-            )
+            _placed(array, sharding_for(array.shape, names, mesh, rules))
             for array, names in zip(arrays, axes, strict=True)
         ]
+
+
+def _placed(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has whole, on the devices that hold its parts."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,8 +61,8 @@ def test_evaluation_data_in_any_batches(sample: Sample, tmp_path: Path) -> None:
     assert [line["index"] for line in found] == [0, 1, 3, 4]
     assert [line["file"] for line in found] == [f"tint_{i}.png" for i in (0, 1, 3, 4)]
     for line in found:
-        same = (pixels(tmp_path / n / line["file"]) for n in ("2", "3"))
-        np.testing.assert_array_equal(*same)
+        in_twos, in_threes = (pixels(tmp_path / n / line["file"]) for n in ("2", "3"))
+        np.testing.assert_array_equal(in_twos, in_threes)
     assert (tmp_path / "2" / "grid.png").stat().st_size > 500
     facts = json.loads((tmp_path / "3" / "sample.json").read_text())
     assert facts["made"] == 4
