@@ -102,16 +102,16 @@ def _needed(plan: Plan, batch: dict[str, Any], hardware: flops.Flops) -> flops.F
     compute = plan.experiment.precision.compute
     trained = set(plan.groups)
 
-    def losses(params: Any, state: Any, batch: Any, rng: Any, step: Any, own: set[str]) -> Any:
+    def losses(own: set[str], params: Any, *rest: Any) -> Any:
         params = cast_floating(params, compute)
         return [
-            loss.fn(params, state, batch, rng, step).loss
+            loss.fn(params, *rest).loss
             for loss in system.losses()
             if own & set(loss.labels or trained)
         ]
 
     def forward(params: Any, *rest: Any) -> Any:
-        return losses(params, *rest, own=trained)
+        return losses(trained, params, *rest)
 
     def gradients(params: Any, *rest: Any) -> Any:
         found = []
@@ -119,7 +119,7 @@ def _needed(plan: Plan, batch: dict[str, Any], hardware: flops.Flops) -> flops.F
             others = select(params, plan.labels, {*trained, FROZEN} - own)
 
             def total(mine: Any, others: Any = others, own: set[str] = own) -> Any:
-                return sum(losses(merge(mine, others), *rest, own=own))
+                return sum(losses(own, merge(mine, others), *rest))
 
             found.append(jax.grad(total)(select(params, plan.labels, own)))
         return found
