@@ -155,7 +155,13 @@ def test_what_trains_in_each_stage() -> None:
     assert trained(ground) == {"G/projector"}
     base = dataclasses.replace(recipes.TINY_BASE, llama=LLAMA)
     assert {name.split("/")[0] for name in trained(base)} == {"base"}
-    assert "vision_tower/patch_embedding" in trained(recipes.TINY)
+    seeing = dataclasses.replace(SYSTEM, trains=("vision",))
+    assert "vision_tower/patch_embedding" in trained(seeing)
+    assert "vision_tower/post_norm" not in trained(seeing)
+    tree = abstract(seeing)
+    for layer, label in ((-2, "frozen"), (-1, "train")):
+        labels = dataclasses.replace(seeing, select_layer=layer).labels(tree)
+        assert set(jax.tree.leaves(labels["vision_tower"]["encoder"]["last"])) == {label}
 
 
 def test_cached_decoding_is_the_whole_pass() -> None:

@@ -158,12 +158,20 @@ class Iaa(System):
         return self.model.init(rng)["params"]
 
     def labels(self, params: Params) -> dict[str, Any]:
-        """The named parts of the trained branch train; everything else is frozen."""
+        """The named parts of the trained branch train; everything else is frozen, and so is what
+        the features of the vision tower do not come from: its last norm, and its last block where
+        an earlier layer is selected."""
+
+        last = self.vision is not None and self.select_layer in (-1, self.vision.layers)
 
         def label(path: tuple[Any, ...], leaf: Any) -> str:
             del leaf
             top = path[0].key
             if top == "vision_tower":
+                if path[1].key == "post_norm" or (
+                    not last and "last" in {step.key for step in path}
+                ):
+                    return FROZEN
                 part = "vision"
             elif top == "base":
                 part = "base"
