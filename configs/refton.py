@@ -118,7 +118,7 @@ def tiny() -> Experiment:
             draws="record",
         ),
         batch_size=8,
-        steps=1000,
+        steps=2000,
         optim=Optim(lr=2e-3, warmup_steps=50, b2=0.99, clip_norm=1.0),
         checkpoint=Checkpointing(every=500, keep=1),
         evaluation=Evaluation(batch_size=64, protocols=protocols),
