@@ -19,7 +19,7 @@ from typing import Any
 from data_pipelines.batch import DataError
 from data_pipelines.conversation.records import ConversationRecord, Role, Turn
 from data_pipelines.records import BadRecordError
-from data_pipelines.sources.base import Source, files_digest, spread
+from data_pipelines.sources.base import ListFile, Source, files_digest, spread
 from data_pipelines.sources.fields import parse_json, sequence, strings
 from data_pipelines.sources.matching import check_match, relative_path
 from data_pipelines.sources.streamed_json import iter_elements, open_lines
@@ -30,7 +30,7 @@ _ROLES: dict[str, Role] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class LlavaJson(Source[ConversationRecord]):
+class LlavaJson(ListFile, Source[ConversationRecord]):
     """Conversations in LLaVA's layout (LLaVA-Pretrain, LLaVA-Instruct, own data).
 
     Attributes:
@@ -42,20 +42,9 @@ class LlavaJson(Source[ConversationRecord]):
       checked: records, spread over the file, whose pictures are looked for at opening.
     """
 
-    path: str
-    root: str = ""
     task: str = "MM"
     min_match: float = 0.5
     checked: int = 1000
-
-    @property
-    def name(self) -> str:
-        return Path(self.path).stem
-
-    @property
-    def folder(self) -> Path:
-        """Where pictures are."""
-        return Path(self.root).expanduser() if self.root else Path(self.path).expanduser().parent
 
     @functools.cached_property
     def _spans(self) -> tuple[array.array[int], array.array[int]] | None:

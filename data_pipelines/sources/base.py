@@ -71,6 +71,29 @@ class Source(abc.ABC, Generic[R_co]):
 
 
 @dataclasses.dataclass(frozen=True)
+class ListFile:
+    """What sources whose records are listed in one file have in common.
+
+    Attributes:
+      path: the file.
+      root: folder that the paths of pictures are relative to; "" is the folder of `path`.
+    """
+
+    path: str
+    root: str = ""
+
+    @property
+    def name(self) -> str:
+        """The file's name without its suffix."""
+        return Path(self.path).stem
+
+    @property
+    def folder(self) -> Path:
+        """Where pictures are."""
+        return Path(self.root).expanduser() if self.root else Path(self.path).expanduser().parent
+
+
+@dataclasses.dataclass(frozen=True)
 class InMemory(Source[I_co]):
     """Records held in memory, for small sets and tests."""
 

@@ -13,7 +13,7 @@ from typing import Any
 from data_pipelines.batch import DataError
 from data_pipelines.boxes import BoxConvention, ConventionCheck
 from data_pipelines.records import BadRecordError, ImageTextRecord
-from data_pipelines.sources.base import Source, files_digest, spread
+from data_pipelines.sources.base import ListFile, Source, files_digest, spread
 from data_pipelines.sources.fields import (
     check_field_names,
     declared_size,
@@ -25,7 +25,7 @@ from data_pipelines.sources.streamed_json import Rows, open_lines
 
 
 @dataclasses.dataclass(frozen=True)
-class JsonLines(Source):
+class JsonLines(ListFile, Source):
     """Pictures with captions and boxes listed in a JSON-lines file.
 
     Attributes:
@@ -40,20 +40,9 @@ class JsonLines(Source):
         exist, do their boxes fit the convention, are their fields spelt right.
     """
 
-    path: str
-    root: str = ""
     boxes: BoxConvention = "xyxy_norm"
     min_match: float = 0.5
     checked: int = 5000
-
-    @property
-    def name(self) -> str:
-        return Path(self.path).stem
-
-    @property
-    def folder(self) -> Path:
-        """Where pictures are."""
-        return Path(self.root).expanduser() if self.root else Path(self.path).expanduser().parent
 
     @functools.cached_property
     def _rows(self) -> Rows:

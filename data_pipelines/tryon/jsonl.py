@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.records import BadRecordError, TryOnRecord
-from data_pipelines.sources.base import files_digest, spread
+from data_pipelines.sources.base import ListFile, files_digest, spread
 from data_pipelines.sources.fields import check_names, optional_string, parse_json, strings
 from data_pipelines.sources.matching import check_match, relative_path
 from data_pipelines.sources.streamed_json import Rows, open_lines
@@ -31,7 +31,7 @@ FIELDS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class TryOnLines(TryOnSource):
+class TryOnLines(ListFile, TryOnSource):
     """Try-on records listed in a JSON-lines file (fields: the module's description).
 
     Attributes:
@@ -41,19 +41,8 @@ class TryOnLines(TryOnSource):
       checked: lines, spread over the file, that are looked at when it is opened.
     """
 
-    path: str
-    root: str = ""
     min_match: float = 0.5
     checked: int = 5000
-
-    @property
-    def name(self) -> str:
-        return Path(self.path).stem
-
-    @property
-    def folder(self) -> Path:
-        """Where pictures are."""
-        return Path(self.root).expanduser() if self.root else Path(self.path).expanduser().parent
 
     @functools.cached_property
     def _opened(self) -> tuple[Rows, frozenset[Part]]:
