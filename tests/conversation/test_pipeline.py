@@ -168,6 +168,7 @@ def test_a_wrong_folder_of_pictures_is_said_at_once(tmp_path: Path) -> None:
 def test_boxes_follow_the_padding() -> None:
     for size in ((30, 20), (20, 31), (8, 8)):
         box = (3.0, 4.0, 17.0, 8.0)
+        # Python floats: a few roundings of numbers up to 31, each 2^-48 at most.
         np.testing.assert_allclose(unframe_box(frame_box(box, *size), *size), box, atol=1e-12)
     marked = np.zeros((20, 40, 3), np.uint8)
     marked[10:15, 20:40] = 255

@@ -95,6 +95,7 @@ def test_a_picture_depends_on_its_own_row_alone(params: Params) -> None:
     assert 0 <= float(whole.min()) < float(whole.max()) <= 1
     order = np.array([2, 0, 1])
     moved = run(params, *(x[order] for x in inputs.values()))
+    # Values in [0, 1], float32: another batch order may be summed in another order.
     np.testing.assert_allclose(moved, whole[order], atol=1e-5)
     other = run(params, *[*list(inputs.values())[:-1], inputs["key"] + 1])
     assert float(jnp.abs(other - whole).max()) > 1e-3
@@ -144,6 +145,7 @@ def test_batches_of_the_pipeline_fit(prob: tuple[float, float]) -> None:
         k: (s.shape, s.dtype) for k, s in spec.items()
     }
     pixels = jnp.asarray(batch["target"])
+    # Values in [-1, 1]: a few roundings of float32 (6e-8 each).
     np.testing.assert_allclose(to_unit(pixels), batch["target"] / 127.5 - 1, atol=1e-6)
 
 
@@ -189,6 +191,7 @@ def test_key_mask_in_the_flash_kernel() -> None:
     mask[1, ..., 100:] = False
     flash = attention(q, k, v, mask=jnp.asarray(mask), implementation="flash")
     plain = attention(q, k, v, mask=jnp.asarray(mask), implementation="xla")
+    # float32; the kernel adds up blocks of keys one after the other.
     np.testing.assert_allclose(flash, plain, atol=2e-6)
 
 
