@@ -172,7 +172,8 @@ class System(abc.ABC):
     def function_inputs(self, batch_size: int) -> dict[str, dict[str, ArraySpec]]:
         """What the named functions take besides params for `batch_size` rows, by function and
         argument, in order. Preflight compiles the functions that are listed here: with `--what
-        sample` those called `sample` or `sample_...`, with `--what eval` all others."""
+        sample` those called `sample` or `sample_...`, with `--what eval` all others, or by name.
+        Outputs of `prefill_...` and `decode_...` stay split over the devices."""
         del batch_size
         return {}
 

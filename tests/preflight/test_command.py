@@ -113,8 +113,19 @@ class Painter(Toy):
 
 def test_functions_that_generate_are_apart():
     recipe = experiment(Painter())
-    assert list(command.functions_for("eval", recipe)) == ["encode", "widen"]
+    assert list(command.functions_for("eval", recipe)) == ["encode", "widen", "prefill_kept"]
     assert list(command.functions_for("sample", recipe)) == ["sample", "sample_fast"]
+
+
+def test_functions_by_name():
+    assert list(command.functions_for("widen,sample_fast", experiment(Painter()))) == [
+        "widen",
+        "sample_fast",
+    ]
+    with pytest.raises(
+        UsageError, match=r"functions of Toy, found enlarge; it lists encode, widen"
+    ):
+        command.functions_for("enlarge,widen", experiment())
 
 
 def test_a_system_that_generates_nothing_says_so():
@@ -249,7 +260,7 @@ def test_the_kernel_compiles_for_every_chip_grouped_padded_and_split(libtpu):
 def test_named_functions(preflight):
     code, text = preflight(f"{TOY}:small", "--topology", "v5e-4", "--what", "eval", "--json")
     assert code == 0
-    found, part = json.loads(text)
+    found, part, kept = json.loads(text)
     assert (found["what"], found["batch_size"]) == ("encode", 64)
     forward = Toy().forward_matmul_flops() + Toy().forward_attention_flops()
     assert found["flops"]["model_per_example"] == pytest.approx(forward)
@@ -257,6 +268,12 @@ def test_named_functions(preflight):
     # Parameters that a function does not read are in memory all the same.
     assert part["memory"]["parameters"] == found["memory"]["parameters"]
     assert part["memory"]["total"] > part["memory"]["parameters"]
+    # What a conversation keeps stays with its rows; what an evaluation gets is whole everywhere.
+    output = 64 * Toy().tokens * Toy().width * 2  # bfloat16
+    assert found["memory"]["total"] - kept["memory"]["total"] == pytest.approx(
+        output * 3 / 4,
+        rel=0.3,  # temporaries differ with the gather
+    )
 
 
 @pytest.mark.slow

@@ -75,11 +75,15 @@ class Toy(System):
         return run(block, params, x, policy=self.remat)
 
     def functions(self) -> dict[str, Any]:
-        return {"encode": self.encode, "widen": lambda params, x: x @ params["up"][0]}
+        return {
+            "encode": self.encode,
+            "widen": lambda params, x: x @ params["up"][0],
+            "prefill_kept": self.encode,
+        }
 
     def function_inputs(self, batch_size: int) -> dict[str, dict[str, ArraySpec]]:
         x = self.batch_spec(batch_size)["x"]
-        return {"encode": {"x": x}, "widen": {"x": x}}
+        return {"encode": {"x": x}, "widen": {"x": x}, "prefill_kept": {"x": x}}
 
     def weights(self) -> WeightMap:
         raise ValueError("the toy has no published weights")

@@ -29,6 +29,7 @@ _EXAMPLE = """examples:
   jaxmods preflight fgclip/large_stage1 --topology v5e-64 --suggest
   jaxmods preflight fgclip/base_stage1 --topology v5e-256 --compare data=256 fsdp=16
   jaxmods preflight fgclip/base_stage1 --topology v5e-256 --sweep fsdp=1,16,256 tensor=1,4
+  jaxmods preflight iaa/iaa_14 --topology v5e-64 --what decode_mm,prefill_mm
 
 exit codes:
   0 fits   1 error   2 wrong usage   12 does not fit into memory"""
@@ -61,10 +62,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--what",
-        choices=("train", "eval", "sample"),
         default="train",
-        help="the training step (default), the named functions that evaluations call, or those "
-        "that generate",
+        metavar="WHAT",
+        help="train (default): the training step; eval: the named functions that evaluations call; "
+        "sample: those that generate; or names of functions, as decode_mm,prefill_mm",
     )
     parser.add_argument(
         "--suggest",
@@ -200,16 +201,26 @@ def reports_for(
 
 def functions_for(what: str, experiment: Experiment) -> dict[str, dict[str, ArraySpec]]:
     """Arguments, by function, of the named functions that `what` stands for: "sample" those called
-    `sample` or `sample_...`, "eval" all others.
+    `sample` or `sample_...`, "eval" all others, anything else the functions of these names,
+    separated by commas.
 
     Raises:
       UserError: the system lists none of them.
+      UsageError: a name that it does not list.
     """
     system = experiment.system
     inputs = system.function_inputs(experiment.evaluation.batch_size)
+    known = f"it lists {', '.join(inputs)}" if inputs else "it lists no function"
+    if what not in ("eval", "sample"):
+        names = what.split(",")
+        if unknown := [name for name in names if name not in inputs]:
+            raise UsageError(
+                f"preflight --what {what}: expected train, eval, sample, or functions of "
+                f"{type(system).__name__}, found {', '.join(unknown)}; {known}"
+            )
+        return {name: inputs[name] for name in names}
     found = {n: a for n, a in inputs.items() if (n.split("_")[0] == "sample") == (what == "sample")}
     if not found:
-        known = f"it lists {', '.join(inputs)}" if inputs else "it lists no function"
         raise UserError(
             f"preflight --what {what}: expected {type(system).__name__}.function_inputs to list "
             + ("a function called sample" if what == "sample" else "the functions of evaluations")

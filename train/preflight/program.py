@@ -22,6 +22,8 @@ from train.preflight.topologies import Topology
 from train.state import Plan, cast_floating, make_plan, merge, select
 from train.step import trace_step
 
+_CONVERSATION = ("prefill_", "decode_")  # their caches go from call to call (`sample --chat`)
+
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
@@ -163,6 +165,9 @@ def inference(
 ) -> Compiled:
     """One named function of the system, compiled for a batch of `evaluation.batch_size` rows.
 
+    Its outputs are whole on every device, as an evaluation needs them; those of a conversation's
+    functions (`prefill_...`, `decode_...`) stay as they lie, for the next call.
+
     Args:
       arguments: `ArraySpec` by argument name, in order.
     """
@@ -177,11 +182,12 @@ def inference(
 
     structs = [s.struct() for s in arguments.values()]
     placed = [sharding_for(s.shape, s.axes, mesh, rules) for s in arguments.values()]
+    whole = NamedSharding(mesh, PartitionSpec())
     started = time.perf_counter()
     jitted = jax.jit(
         call,
         in_shardings=(plan.shardings.params, *placed),
-        out_shardings=NamedSharding(mesh, PartitionSpec()),
+        out_shardings=None if name.startswith(_CONVERSATION) else whole,
         keep_unused=True,  # parameters that a function does not read lie there all the same
     )
     traced = jitted.trace(plan.abstract.params, *structs)
