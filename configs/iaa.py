@@ -56,6 +56,7 @@ def pipeline(
         image_tokens=system.image_tokens if pictures else 0,
         max_images=system.max_images if pictures else 0,
         max_tokens=system.max_tokens,
+        pack=system.pack,
         blind=blind,
     )
 
@@ -224,6 +225,7 @@ def _stage(
         notes=notes,
         shorthands=(
             ("weights", ("init.weights", "data.tokenizer")),
+            ("pack", ("system.pack", "data.pack")),
             ("data.path", ("data.source.path",)),
             ("data.root", ("data.source.root",)),
         ),

@@ -8,8 +8,16 @@ the official code does, so image tokens are not counted by it) -> splicing -> ba
   slot    int32 [B, T]           index into the row's M N image tokens, -1 elsewhere
   labels  int32 [B, T]           own id where learnt, else -100 (not shifted)
   valid   bool  [B, T]           False at right padding
+  segments int32 [B, T]          only with `pack` > 1: number of the position's conversation in its
+                                 row, from 1 on; 0 at right padding
 
 T = `max_tokens` + M (N - 1). Without pictures (M = 0) there are no `image` and `slot`.
+
+With `pack` = k > 1 a row holds k conversations, one after the other, and M = k `max_images`: row r
+of the global stream holds its records k r to k r + k - 1. So the batch at a step is still a
+function of recipe, seed and step alone, whatever the texts' lengths and the number of processes,
+and every record is read as often as without. The k share `max_tokens`: each has `max_tokens` // k
+and what the shorter ones leave (`shares`); what is longer is cut and counted as ever.
 """
 
 from __future__ import annotations
@@ -43,11 +51,37 @@ from data_pipelines.sources.base import (
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One row: pictures uint8 [m, S, S, 3], the spliced sequence, tokens that were cut off."""
+    """One conversation: pictures uint8 [m, S, S, 3], ids before splicing and labels, not cut."""
 
     images: np.ndarray
-    row: Spliced
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of a batch.
+
+    Attributes:
+      images: uint8 [m, S, S, 3], those that have a place. spliced: the arrays.
+      segments: int32 [T]. cut: tokens that were cut off.
+    """
+
+    images: np.ndarray
+    spliced: Spliced
+    segments: np.ndarray
     cut: int
+
+
+def shares(lengths: Sequence[int], total: int) -> tuple[int, ...]:
+    """How `total` is shared out: nobody gets more than its length, and what some leave goes to the
+    others in equal parts. Everybody gets its length or at least `total` // number."""
+    found = [0] * len(lengths)
+    order = sorted(range(len(lengths)), key=lambda n: lengths[n])
+    for place, n in enumerate(order):
+        found[n] = min(lengths[n], total // (len(order) - place))
+        total -= found[n]
+    return tuple(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +94,10 @@ class ConversationPipeline(Pipeline):
       template: how conversations are written.
       framing: how pictures become squares.
       image_tokens: N, tokens of a picture; 0 for a pipeline of text alone.
-      max_images: M, pictures of a row; a record with more is bad ("too_many_images").
+      max_images: pictures of a record; one with more is bad ("too_many_images").
       max_tokens: tokens of a row before splicing; the rest is cut and counted ("tokens").
+      pack: records of a row, which share its tokens and do not see each other. A batch of n rows
+        then takes `pack` n records.
       max_chars: longest message in characters.
       blind: every picture is replaced by grey, for a model that has the texts only.
       tolerance: how many unusable records a run accepts. reading: threads and worker processes.
@@ -74,15 +110,28 @@ class ConversationPipeline(Pipeline):
     image_tokens: int = 576
     max_images: int = 1
     max_tokens: int = 2048
+    pack: int = 1
     max_chars: int = 100_000
     blind: bool = False
     tolerance: Tolerance = dataclasses.field(default_factory=Tolerance)
     reading: Reading = dataclasses.field(default_factory=Reading)
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.pack <= self.max_tokens:
+            raise ValueError(
+                f"ConversationPipeline.pack: expected 1 to max_tokens={self.max_tokens}, found "
+                f"{self.pack}"
+            )
+
+    @property
+    def row_images(self) -> int:
+        """M, pictures of a row."""
+        return self.pack * self.max_images
+
     @property
     def length(self) -> int:
         """T, positions of a row."""
-        return self.max_tokens + self.max_images * max(self.image_tokens - 1, 0)
+        return self.max_tokens + self.row_images * max(self.image_tokens - 1, 0)
 
     @property
     def sources(self) -> tuple[Source[ConversationRecord], ...]:
@@ -105,11 +154,15 @@ class ConversationPipeline(Pipeline):
         process_count: int = 1,
         start_step: int = 0,
     ) -> Iterator[HostBatch]:
-        """See `Pipeline.batches`."""
+        """See `Pipeline.batches`. Of the info of a batch, `record_ids` has `pack` ids per row."""
         _ = self.text_tokenizer
+        if global_batch % process_count:  # a row's records belong to one process
+            raise ValueError(
+                f"batch of {global_batch} rows over {process_count} processes: expected a multiple"
+            )
         return host_batches(
             Recipe(self.sources, weights_of(self.source), self.make, self.collate),
-            global_batch=global_batch,
+            global_batch=self.pack * global_batch,
             seed=seed,
             process_index=process_index,
             process_count=process_count,
@@ -132,33 +185,62 @@ class ConversationPipeline(Pipeline):
         if self.blind:
             images = np.full_like(images, 127)
         encoded = self.template.encode(record.turns, self.text_tokenizer)
-        ids, labels = encoded.ids[: self.max_tokens], encoded.labels[: self.max_tokens]
-        if all(label == IGNORE for label in labels[1:]):
+        certain = self.max_tokens // self.pack
+        if all(label == IGNORE for label in encoded.labels[1:certain]):
             raise BadRecordError(
                 "nothing_to_learn",
-                f"no answer within the first max_tokens={self.max_tokens} of {len(encoded.ids)}",
+                f"no answer within the first {certain} tokens of {len(encoded.ids)} "
+                f"(max_tokens={self.max_tokens}, pack={self.pack})",
             )
-        row = splice(ids, labels, self.image_tokens, self.length)
-        return Made(Example(images[: ids.count(IMAGE)], row, len(encoded.ids) - len(ids)))
+        return Made(Example(images, encoded.ids, encoded.labels))
+
+    def row(self, members: Sequence[Example]) -> Row:
+        """The row of `pack` conversations."""
+        room = shares([len(m.ids) for m in members], self.max_tokens)
+        ids: list[int] = []
+        labels: list[int] = []
+        images, numbers, lengths = [], [], []
+        for number, (member, count) in enumerate(zip(members, room, strict=True), start=1):
+            kept = member.ids[:count]
+            pictures = kept.count(IMAGE)
+            ids += kept
+            # What stands before the first token of a text is another one's last.
+            labels += (IGNORE, *member.labels[1:count])
+            images.append(member.images[:pictures])
+            numbers.append(number)
+            lengths.append(count + pictures * (self.image_tokens - 1))
+        segments = np.zeros(self.length, np.int32)
+        segments[: sum(lengths)] = np.repeat(numbers, lengths)
+        return Row(
+            np.concatenate(images),
+            splice(ids, labels, self.image_tokens, self.length),
+            segments,
+            sum(len(m.ids) for m in members) - len(ids),
+        )
 
     def collate(self, examples: Sequence[Example]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-        """Rows to arrays, and how many tokens were cut off."""
+        """`pack` examples a row to arrays, and how many tokens were cut off."""
+        rows = [self.row(examples[n : n + self.pack]) for n in range(0, len(examples), self.pack)]
         arrays = {
-            "ids": np.stack([e.row.ids for e in examples]),
-            "labels": np.stack([e.row.labels for e in examples]),
-            "valid": np.stack([e.row.valid for e in examples]),
+            "ids": np.stack([r.spliced.ids for r in rows]),
+            "labels": np.stack([r.spliced.labels for r in rows]),
+            "valid": np.stack([r.spliced.valid for r in rows]),
         }
+        if self.pack > 1:
+            arrays["segments"] = np.stack([r.segments for r in rows])
         if self.max_images:
             side = self.framing.size
-            image = np.zeros((len(examples), self.max_images, side, side, 3), np.uint8)
-            for place, example in zip(image, examples, strict=True):
-                place[: len(example.images)] = example.images
-            arrays |= {"image": image, "slot": np.stack([e.row.slot for e in examples])}
-        cut = sum(e.cut for e in examples)
+            image = np.zeros((len(rows), self.row_images, side, side, 3), np.uint8)
+            for place, row in zip(image, rows, strict=True):
+                place[: len(row.images)] = row.images
+            arrays |= {"image": image, "slot": np.stack([r.spliced.slot for r in rows])}
+        cut = sum(r.cut for r in rows)
         return arrays, {"tokens": cut} if cut else {}
 
     def fingerprint(self) -> str:
-        settings = settings_of(self, "source", "tokenizer", "tolerance", "reading")
+        # Rows of one record have the fingerprint that they had before there were others.
+        others = ("pack",) if self.pack == 1 else ()
+        settings = settings_of(self, "source", "tokenizer", "tolerance", "reading", *others)
         words = digest(sorted((n, len(b)) for n, b in self.text_tokenizer.files().items()))
         sources = [s.fingerprint() for s in self.sources]
         return digest(sources, weights_of(self.source), words, repr(settings))
@@ -169,6 +251,7 @@ class ConversationPipeline(Pipeline):
             "template": type(self.template).__name__,
             "positions": self.length,
             "image_tokens": self.image_tokens,
+            "records_per_row": self.pack,
             "tokenizer": self.tokenizer,
         }
         try:

@@ -20,6 +20,7 @@ from data_pipelines.conversation import (
 )
 from data_pipelines.conversation.llava_json import LlavaJson
 from data_pipelines.conversation.pictures import frame_box, prepare, unframe_box
+from data_pipelines.conversation.pipeline import shares
 from data_pipelines.conversation.scenes import (
     CHANCE,
     KINDS,
@@ -81,12 +82,122 @@ def test_cutting_is_counted_and_a_cut_answer_is_refused() -> None:
     whole = pipeline(InMemory((record(turns=turns),))).make(
         record(turns=turns), np.random.default_rng()
     )
-    used = int(whole.example.row.length) - 3
+    used = len(whole.example.ids)
     short = pipeline(InMemory((record(turns=turns),)), max_tokens=used - 2)
     info = next(iter(short.batches(global_batch=2, seed=0))).info
     assert info.cut == {"tokens": 4}
     with pytest.raises(BadRecordError, match="nothing_to_learn"):
         pipeline(InMemory((record(),)), max_tokens=20).make(record(), np.random.default_rng())
+
+
+@pytest.mark.parametrize(
+    ("lengths", "total", "expected"),
+    [
+        ((5, 1, 9), 20, (5, 1, 9)),
+        ((5, 1, 9), 12, (5, 1, 6)),
+        ((30, 2, 40), 12, (5, 2, 5)),
+        ((7, 7), 9, (4, 5)),
+        ((), 9, ()),
+    ],
+)
+def test_shares_of_a_row(lengths: tuple[int, ...], total: int, expected: tuple[int, ...]) -> None:
+    assert shares(lengths, total) == expected
+
+
+def spoken(number: int) -> ConversationRecord:
+    """Of length that differs, with a picture every other time; record 5 is bad."""
+    asked = " ".join(["well"] * (number % 4) + ["what", "is", "it?"])
+    turns = (Turn("user", asked), Turn("assistant", " ".join(["so"] * (1 + number % 3))))
+    if number % 2:
+        return ConversationRecord(str(number), turns if number != 5 else turns[:1])
+    first = Turn("user", f"<image>\n{asked}")
+    return ConversationRecord(str(number), (first, *turns[1:]), (PICTURE,))
+
+
+def packed(**options: object) -> ConversationPipeline:
+    source = InMemory(tuple(spoken(n) for n in range(24)))
+    tolerance = Tolerance(max_bad_fraction=0.5)
+    return pipeline(source, **{"pack": 3, "max_tokens": 100, "tolerance": tolerance, **options})
+
+
+def test_packed_rows_are_their_records_one_after_the_other() -> None:
+    """Tokens, labels, places of pictures and segments, against the records one by one."""
+    many, one = packed(max_tokens=140), packed(pack=1)
+    assert many.length == 140 + 3 * 3
+    rows = next(iter(many.batches(global_batch=4, seed=0)))
+    alone = next(iter(one.batches(global_batch=12, seed=0)))
+    assert rows.info.record_ids == alone.info.record_ids
+    assert rows.info.quarantined == alone.info.quarantined
+    for r in range(4):
+        row = {k: v[r] for k, v in rows.arrays.items()}
+        at = shown = 0
+        for number in range(3):
+            single = {k: v[3 * r + number] for k, v in alone.arrays.items()}
+            length, pictures = int(single["valid"].sum()), int((single["slot"] >= 0).sum()) // 4
+            here = slice(at, at + length)
+            np.testing.assert_array_equal(row["ids"][here], single["ids"][:length])
+            np.testing.assert_array_equal(row["labels"][here], single["labels"][:length])
+            moved = np.where(single["slot"] >= 0, single["slot"] + 4 * shown, -1)
+            np.testing.assert_array_equal(row["slot"][here], moved[:length])
+            assert set(row["segments"][here]) == {number + 1}
+            assert row["labels"][at] == -100
+            np.testing.assert_array_equal(
+                row["image"][shown : shown + pictures], single["image"][:pictures]
+            )
+            at, shown = at + length, shown + pictures
+        assert row["valid"].sum() == at
+        assert not row["segments"][at:].any()
+
+
+def test_packing_reads_every_record_once_and_goes_on_where_it_stopped() -> None:
+    made = packed()
+    stream = made.batches(global_batch=4, seed=7)
+    first, second, third = (next(stream) for _ in range(3))
+    usable = {f"memory:{n}" for n in range(24)} - {"memory:5"}
+    seen = [*first.info.record_ids, *second.info.record_ids]  # 24 slots: an epoch
+    assert set(seen) == usable
+    assert len(seen) == 24  # the slot of the bad record was refilled
+    for count in (1, 2, 4):
+        parts = [
+            next(
+                iter(
+                    made.batches(
+                        global_batch=4, seed=7, process_index=p, process_count=count, start_step=2
+                    )
+                )
+            )
+            for p in range(count)
+        ]
+        for name, whole in third.arrays.items():
+            np.testing.assert_array_equal(
+                np.concatenate([part.arrays[name] for part in parts]), whole, err_msg=name
+            )
+        assert sum((part.info.record_ids for part in parts), ()) == third.info.record_ids
+    with pytest.raises(ValueError, match="batch of 4 rows over 3 processes"):
+        next(iter(made.batches(global_batch=4, seed=7, process_count=3)))
+    assert made.fingerprint() != dataclasses.replace(made, pack=2).fingerprint()
+
+
+def test_long_records_share_a_row() -> None:
+    """Each keeps its part; what is cut is counted; an answer beyond that part is refused."""
+    made = packed(max_tokens=75, max_images=0, image_tokens=0, pack=3)
+    texts = [(Turn("user", "a?"), Turn("assistant", "yes " * n)) for n in (30, 1, 30)]
+    examples = [
+        made.make(ConversationRecord(str(n), turns), np.random.default_rng()).example
+        for n, turns in enumerate(texts)
+    ]
+    lengths = [len(e.ids) for e in examples]
+    row = made.row(examples)
+    assert row.spliced.length == 75
+    assert row.cut == sum(lengths) - 75
+    counts = [int((row.segments == n).sum()) for n in (1, 2, 3)]
+    assert counts == list(shares(lengths, 75))
+    assert min(counts) == lengths[1]
+    late = (Turn("user", "why " * 30), Turn("assistant", "so"))
+    with pytest.raises(BadRecordError, match="nothing_to_learn: no answer within the first 25"):
+        made.make(ConversationRecord("late", late), np.random.default_rng())
+    with pytest.raises(ValueError, match="pack: expected 1 to max_tokens=75, found 0"):
+        dataclasses.replace(made, pack=0)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from jaxmods.backbones.llama import (
     Llama,
     LlamaConfig,
     layers_param,
+    packed_positions,
     rope_of,
     unembed,
 )
@@ -218,13 +219,23 @@ class IaaModel(nn.Module):
         x = self._branch(branch).embed(ids, slot, features)
         return jnp.where(valid[..., None], x, 0)
 
-    def states(self, x_BTD: jax.Array, branch: Branch) -> jax.Array:
+    def states(
+        self, x_BTD: jax.Array, branch: Branch, segments: jax.Array | None = None
+    ) -> jax.Array:
         """Whole texts through base and inserted layers and the branch's norm: [B, T, D] both.
 
         Padding on the right needs no mask: no position sees a later one.
+
+        Args:
+          segments: int [B, T], numbers of the conversations of a row: none sees another, and
+            positions restart with each; None: one per row.
         """
         own = self._branch(branch)
-        context = Context(rope_of(jnp.arange(x_BTD.shape[1])[None], self.llama))
+        if segments is None:
+            positions = jnp.arange(x_BTD.shape[1])[None]
+        else:
+            positions = packed_positions(segments)
+        context = Context(rope_of(positions, self.llama), segments)
         template = DecoderLayer(self.llama, self.execution.attention, parent=None)
 
         def layer(params: Any, x: jax.Array) -> tuple[jax.Array, None]:
@@ -248,9 +259,11 @@ class IaaModel(nn.Module):
             return self.base.head()
         return self._branch(workflow).unembedding
 
-    def text_states(self, ids: jax.Array) -> jax.Array:
-        """The Text workflow: the base on int [B, T], states after its norm [B, T, D]."""
-        return self.base(ids)
+    def text_states(self, ids: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+        """The Text workflow: the base on int [B, T], states after its norm [B, T, D]; `segments`
+        as in `states`."""
+        positions = None if segments is None else packed_positions(segments)
+        return self.base(ids, positions=positions, segments=segments)
 
     # Token by token ---------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ only: what training code would say is marked ASSUMPTION).
 
 Shape legend:
   B batch   M pictures per row   S picture side   N tokens per picture   T positions of a row
+  (M = pack x max_images in training, max_images in prompts)
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class Iaa(System):
       projector: "identity", "linear", or "mlp<n>x_gelu".
       select_layer, select_feature: of CLIP's hidden states.
       max_tokens: tokens of a training row before splicing; T = max_tokens + M (N - 1).
-      max_images: M.
+      max_images: pictures of a conversation.
+      pack: conversations of a training row, which do not see each other (`segments` of a batch).
       prompt_tokens: tokens of a prompt before splicing, for the functions.
       new_tokens: longest answer of the functions.
       stop_ids: ids that end an answer (`<|eot_id|>`); pad_id fills what follows.
@@ -87,6 +89,7 @@ class Iaa(System):
     select_feature: Literal["patch", "cls_patch"] = "patch"
     max_tokens: int = 2048
     max_images: int = 1
+    pack: int = 1
     prompt_tokens: int = 512
     new_tokens: int = 128
     stop_ids: tuple[int, ...] = (128009,)
@@ -99,6 +102,10 @@ class Iaa(System):
     def __post_init__(self) -> None:
         depth = projector_depth(self.projector)
         plan(self.insert_after, self.llama.layers)
+        if not 1 <= self.pack <= self.max_tokens:
+            raise ValueError(
+                f"Iaa.pack: expected 1 to max_tokens={self.max_tokens}, found {self.pack}"
+            )
         if self.branch != "Text" and self.branch not in self.branches:
             raise ValueError(
                 f"Iaa.branch: expected Text or one of the branches {self.branches}, found "
@@ -137,20 +144,20 @@ class Iaa(System):
             return 0
         return self.vision.grid**2 + (self.select_feature == "cls_patch")
 
-    def positions(self, tokens: int) -> int:
+    def positions(self, tokens: int, conversations: int = 1) -> int:
         """Positions of a row of `tokens` tokens after splicing."""
-        return tokens + self.max_images * max(self.image_tokens - 1, 0)
+        return tokens + conversations * self.max_images * max(self.image_tokens - 1, 0)
 
     # Batch and parameters ---------------------------------------------------------------------
 
     def batch_spec(self, global_batch: int) -> dict[str, ArraySpec]:
         """Arrays of `data_pipelines.conversation.ConversationPipeline`; without pictures for the
         Text workflow."""
+        names = ("ids", "labels", "valid", *(("segments",) if self.pack > 1 else ()))
         if self.branch == "Text":
-            return _rows(global_batch, self.max_tokens, ("ids", "labels", "valid"))
-        spec = _rows(global_batch, self.positions(self.max_tokens), ("ids", "labels", "valid"))
-        slot = dataclasses.replace(spec["ids"])
-        return {**spec, "image": self._image_spec(global_batch), "slot": slot}
+            return _rows(global_batch, self.max_tokens, names)
+        spec = _rows(global_batch, self.positions(self.max_tokens, self.pack), (*names, "slot"))
+        return {**spec, "image": self._image_spec(global_batch, self.pack)}
 
     def init(self, rng: jax.Array) -> Params:
         """Hugging Face's rules: N(0, 0.02) and ones. Branches start as copies of the base when
@@ -202,7 +209,7 @@ class Iaa(System):
         del rng, step
         branch = self.branch
         if branch == "Text":
-            states = self._apply(params, batch["ids"], method="text_states")
+            states = self._apply(params, batch["ids"], batch.get("segments"), method="text_states")
         else:
             features = self._apply(params, batch["image"], method="features")
             states = self.states(params, batch, features, branch)
@@ -214,11 +221,12 @@ class Iaa(System):
     def states(
         self, params: Params, batch: Batch, features: jax.Array, branch: Branch
     ) -> jax.Array:
-        """States [B, T, D] of `ids`, `slot` and `valid` of a batch with these image features."""
+        """States [B, T, D] of `ids`, `slot`, `valid`, and `segments` where a row holds several
+        conversations, of a batch with these image features."""
         x = self._apply(
             params, batch["ids"], batch["slot"], batch["valid"], features, branch, method="embed"
         )
-        return self._apply(params, x, branch, method="states")
+        return self._apply(params, x, branch, batch.get("segments"), method="states")
 
     # Inference --------------------------------------------------------------------------------
 
@@ -506,7 +514,9 @@ class Iaa(System):
         c, inserted = self.llama, 0
         if self.branch != "Text":
             inserted = len([i for i in self.insert_after if i < c.layers])
-        tokens = self.max_tokens if self.branch == "Text" else self.positions(self.max_tokens)
+        tokens = self.max_tokens
+        if self.branch != "Text":
+            tokens = self.positions(self.max_tokens, self.pack)
         attention = c.width * c.head_dim * 2 * (c.heads + c.kv_heads)
         layer = attention + 3 * c.width * c.mlp
         scores = 2 * tokens * c.heads * c.head_dim
@@ -520,14 +530,14 @@ class Iaa(System):
         total = forward + backward + 2 * tokens * of_weights
         if self.branch != "Text" and self.vision is not None:
             v = self.vision
-            seen = self.max_images * (v.grid**2 + 1)
+            seen = self.pack * self.max_images * (v.grid**2 + 1)
             block = 4 * v.width**2 + 2 * v.width * v.mlp + 2 * (v.grid**2 + 1) * v.width
             total += 2 * seen * v.layers * block * (3 if "vision" in self.trains else 1)
         return float(total)
 
-    def _image_spec(self, rows: int) -> ArraySpec:
+    def _image_spec(self, rows: int, conversations: int = 1) -> ArraySpec:
         side = 0 if self.vision is None else self.vision.image_size
-        shape = (rows, self.max_images, side, side, 3)
+        shape = (rows, conversations * self.max_images, side, side, 3)
         return ArraySpec(shape, "uint8", ("batch", None, None, None, None))
 
     def _apply(self, params: Params, *args: Any, method: str) -> Any:
