@@ -36,6 +36,7 @@ DEFAULT_RULES: Rules = (
     ("vocab", "tensor"),
     ("entity", ("fsdp", "tensor")),
     ("embed", "fsdp"),
+    ("rank", "fsdp"),  # of low-rank factors without an axis "embed"
     ("kv", None),
     ("head_dim", None),
     ("proj", None),

@@ -334,6 +334,49 @@ def test_same_step_on_every_mesh(name: str) -> None:
         )
 
 
+@pytest.mark.slow
+def test_adapters_on_a_mesh() -> None:
+    """Both factors are split; the step that trains them is that of one device."""
+    config = LoraConfig(("double_blocks/*/attn/to_*", "*/ff/*", "single_blocks/*"), rank=2)
+    mesh = make_mesh(MESHES["data x fsdp x tensor"])
+    abstract = jax.eval_shape(lambda rng: lora.init(rng, boxed(TINY), config), jax.random.key(0))
+    axes = partitioning.logical_axes(abstract)
+    adapters = jax.tree.map(
+        lambda x: 0.1 * jax.random.normal(jax.random.key(math.prod(x.shape)), x.shape),
+        partitioning.unbox(abstract),
+    )
+    shardings = tree_shardings(adapters, axes, mesh)
+    assert all("fsdp" in sharding.spec for sharding in jax.tree.leaves(shardings))
+    base = params_of()
+    base_axes = partitioning.logical_axes(boxed(TINY))
+
+    def step(adapters: Any, base: Any, batch: Any) -> Any:
+        def objective(adapters: Any) -> jax.Array:
+            return jnp.mean(jnp.square(apply(lora.attach(base, adapters, config), batch)))
+
+        return jax.value_and_grad(objective)(adapters)
+
+    def on_mesh(*args: Any) -> Any:
+        with use_mesh(mesh):
+            return step(*args)
+
+    batch = batch_of()
+    value, grads = jax.jit(on_mesh, out_shardings=(None, shardings))(
+        jax.device_put(adapters, shardings),
+        jax.device_put(base, tree_shardings(base, base_axes, mesh)),
+        {
+            k: jax.device_put(v, sharding_for(v.shape, ("batch", *[None] * (v.ndim - 1)), mesh))
+            for k, v in batch.items()
+        },
+    )
+    expected, expected_grads = jax.jit(step)(adapters, base, batch)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    # As above: sums over devices are in another order.
+    for found, wanted in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        limit = 1e-4 * float(np.max(np.abs(wanted)))
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=limit)
+
+
 def test_product_that_the_partitioner_gets_wrong() -> None:
     """See `keep_whole`: without it, half of these rows are those of other devices."""
     mesh = make_mesh(MESHES["data x fsdp x tensor"])

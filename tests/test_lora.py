@@ -104,14 +104,14 @@ def test_fresh_adapters_inherit_axes_and_change_nothing(base: Params, x: jax.Arr
         lambda key: lora.init(key, lora_toy.boxed(key), CONFIG), jax.random.key(0)
     )
     assert flatten(partitioning.logical_axes(boxed)) == {
-        "default/blocks/to_q/a": ("layers", "embed", None),
-        "default/blocks/to_q/b": ("layers", None, "heads"),
-        "default/blocks/mlp/a": ("layers", "embed", None),
-        "default/blocks/mlp/b": ("layers", None, "mlp"),
-        "default/blocks/out/a": ("layers", "proj", None),
-        "default/blocks/out/b": ("layers", None, "embed"),
-        "default/head/a": ("embed", None),
-        "default/head/b": (None, "channels"),
+        "default/blocks/to_q/a": ("layers", "embed", "rank"),
+        "default/blocks/to_q/b": ("layers", "rank", "heads"),
+        "default/blocks/mlp/a": ("layers", "embed", "rank"),
+        "default/blocks/mlp/b": ("layers", "rank", "mlp"),
+        "default/blocks/out/a": ("layers", "proj", "rank"),
+        "default/blocks/out/b": ("layers", "rank", "embed"),
+        "default/head/a": ("embed", "rank"),
+        "default/head/b": ("rank", "channels"),
     }
     new = fresh(base)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(new)} == {"float32"}

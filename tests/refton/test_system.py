@@ -14,7 +14,7 @@ import pytest
 from configs.refton import KONTEXT, pipeline
 from data_pipelines.scenes.try_on import TryOnScenes
 from jaxmods.nn.attention import attention
-from jaxmods.partitioning import unbox
+from jaxmods.partitioning import MeshShape, logical_axes, make_mesh, tree_shardings, unbox
 from jaxmods.system import Params
 from jaxmods.systems.flux.base import to_unit
 from jaxmods.systems.flux.objective import draw
@@ -150,9 +150,10 @@ def test_batches_of_the_pipeline_fit(prob: tuple[float, float]) -> None:
 
 
 def test_published_size() -> None:
-    """380 modules with 216,662,016 numbers of adapters; nothing else trains."""
+    """380 modules with 216,662,016 numbers of adapters; nothing else trains. fsdp splits all."""
     system = RefTon(base=KONTEXT)
-    abstract = unbox(jax.eval_shape(system.init, jax.random.key(0)))
+    boxed = jax.eval_shape(system.init, jax.random.key(0))
+    abstract = unbox(boxed)
     counts = {k: sum(math.prod(x.shape) for x in jax.tree.leaves(v)) for k, v in abstract.items()}
     assert counts == {
         "transformer": 11_901_408_320,
@@ -170,6 +171,10 @@ def test_published_size() -> None:
     config = system.lora_config
     assert config is not None
     assert (config.rank, config.scale, config.dropout) == (64, 2.0, 0.0)
+    mesh = make_mesh(MeshShape(data=1, fsdp=8))
+    shardings = tree_shardings(abstract["lora"], logical_axes(boxed["lora"]), mesh)
+    held = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)), abstract["lora"], shardings)
+    assert sum(jax.tree.leaves(held)) == counts["lora"] // 8
 
 
 def test_squares_lose_nothing() -> None:

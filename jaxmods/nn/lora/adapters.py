@@ -105,8 +105,8 @@ def chosen(base: Params, targets: tuple[str, ...]) -> tuple[str, ...]:
 def init(rng: Array, base: Params, config: LoraConfig, name: str = DEFAULT) -> Params:
     """Fresh float32 adapters for `base`, boxed with logical axes.
 
-    The input axis of `a` and the output axis of `b` are named as the kernel's own; the rank has
-    no name, so it is never split.
+    The input axis of `a` and the output axis of `b` are named as the kernel's own, and split as
+    these are. The rank axis ("rank") is split over fsdp where that leaves the factor whole.
 
     Args:
       base: boxed parameters (or their abstract form) of the model.
@@ -132,8 +132,8 @@ def init(rng: Array, base: Params, config: LoraConfig, name: str = DEFAULT) -> P
             bound = 1.0 / math.sqrt(wide)
             a = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
         b = jnp.zeros((*stack, config.rank, out), jnp.float32)
-        leaves[beside(path, "a")] = nn.LogicallyPartitioned(a, (*stack_axes, in_axis, None))
-        leaves[beside(path, "b")] = nn.LogicallyPartitioned(b, (*stack_axes, None, out_axis))
+        leaves[beside(path, "a")] = nn.LogicallyPartitioned(a, (*stack_axes, in_axis, "rank"))
+        leaves[beside(path, "b")] = nn.LogicallyPartitioned(b, (*stack_axes, "rank", out_axis))
     return {name: unflatten(leaves)}
 
 
