@@ -19,9 +19,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_pipelines.batch import DataError, Pipeline
+from data_pipelines.conversation import ConversationPipeline
+from data_pipelines.conversation.inspect import inspect_conversations
 from data_pipelines.image_text import ImageTextPipeline
 from data_pipelines.images import decode_rgb
-from data_pipelines.inspect_page import page
+from data_pipelines.inspect_page import page, spread_of
 from data_pipelines.protocols.drawing import BOX_COLORS, MUTED, Sheet, fit
 from data_pipelines.records import BadRecordError, ImageTextRecord
 from data_pipelines.sources.base import Source, spread
@@ -64,10 +66,12 @@ def inspect_pipeline(
     """
     if isinstance(pipeline, TryOnPipeline):
         return inspect_try_on(pipeline, out_dir, samples, scan)
+    if isinstance(pipeline, ConversationPipeline):
+        return inspect_conversations(pipeline, out_dir, samples, scan)
     if not isinstance(pipeline, ImageTextPipeline):
         raise ValueError(
-            "data inspect: expected an ImageTextPipeline or a TryOnPipeline, found "
-            f"{type(pipeline).__name__}"
+            "data inspect: expected an ImageTextPipeline, a TryOnPipeline or a "
+            f"ConversationPipeline, found {type(pipeline).__name__}"
         )
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -147,8 +151,8 @@ def _count(pipeline: ImageTextPipeline, source: Source, looks: Sequence[_Look]) 
             },
         },
         "pictures": {
-            "width": _spread(sides[:, 0]),
-            "height": _spread(sides[:, 1]),
+            "width": spread_of(sides[:, 0]),
+            "height": spread_of(sides[:, 1]),
             "smaller_than_input": int((sides.min(axis=1) < pipeline.image_size).sum())
             if len(sides)
             else 0,
@@ -185,18 +189,11 @@ def _caption_lengths(
         found[name] = {
             "texts": len(values),
             "context": context,
-            "tokens": _spread(lengths),
+            "tokens": spread_of(lengths),
             "texts_cut": int((over > 0).sum()),
             "tokens_cut": int(over.sum()),
         }
     return found
-
-
-def _spread(values: np.ndarray) -> dict[str, float]:
-    if not len(values):
-        return {}
-    quantiles = np.percentile(values, (0, 50, 90, 100))
-    return dict(zip(("min", "median", "p90", "max"), (float(q) for q in quantiles), strict=True))
 
 
 def _contact_sheet(pipeline: ImageTextPipeline, drawn: Sequence[tuple[Source, int]]) -> bytes:

@@ -7,11 +7,15 @@ import html
 import json
 from typing import Any
 
+import numpy as np
 
-def page(facts: dict[str, Any], sheet: bytes, note: str) -> str:
-    """A page that stands alone: the sheet of samples, `note` under it, and a table of what was
-    counted for each of `facts["sources"]`."""
-    picture = base64.b64encode(sheet).decode()
+
+def page(facts: dict[str, Any], samples: bytes | str, note: str) -> str:
+    """A page that stands alone: the samples (a PNG, or HTML), `note` under them, and a table of
+    what was counted for each of `facts["sources"]`."""
+    if isinstance(samples, bytes):
+        picture = base64.b64encode(samples).decode()
+        samples = f'<img alt="samples" src="data:image/png;base64,{picture}">'
     tables = "".join(
         f"<h2>{html.escape(name)}</h2><table>{_rows(found)}</table>"
         for name, found in facts["sources"].items()
@@ -24,9 +28,16 @@ def page(facts: dict[str, Any], sheet: bytes, note: str) -> str:
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Data</title>'
         f"<style>{style}</style><h1>The data as training sees it</h1>"
-        f'<img alt="samples" src="data:image/png;base64,{picture}">'
-        f"<p>{html.escape(note)}</p>{tables}</html>\n"
+        f"{samples}<p>{html.escape(note)}</p>{tables}</html>\n"
     )
+
+
+def spread_of(values: np.ndarray) -> dict[str, float]:
+    """Least, median, 90 %, greatest; empty for none."""
+    if not len(values):
+        return {}
+    quantiles = np.percentile(values, (0, 50, 90, 100))
+    return dict(zip(("min", "median", "p90", "max"), (float(q) for q in quantiles), strict=True))
 
 
 def _rows(found: dict[str, Any]) -> str:

@@ -96,8 +96,8 @@ class ConversationPipeline(Pipeline):
       image_tokens: N, tokens of a picture; 0 for a pipeline of text alone.
       max_images: pictures of a record; one with more is bad ("too_many_images").
       max_tokens: tokens of a row before splicing; the rest is cut and counted ("tokens").
-      pack: records of a row, which share its tokens and do not see each other. A batch of n rows
-        then takes `pack` n records.
+      pack: records of a row, which share its tokens and do not see each other; None: one. A batch
+        of n rows takes `pack` n records.
       max_chars: longest message in characters.
       blind: every picture is replaced by grey, for a model that has the texts only.
       tolerance: how many unusable records a run accepts. reading: threads and worker processes.
@@ -110,23 +110,28 @@ class ConversationPipeline(Pipeline):
     image_tokens: int = 576
     max_images: int = 1
     max_tokens: int = 2048
-    pack: int = 1
+    pack: int | None = None
     max_chars: int = 100_000
     blind: bool = False
     tolerance: Tolerance = dataclasses.field(default_factory=Tolerance)
     reading: Reading = dataclasses.field(default_factory=Reading)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.pack <= self.max_tokens:
+        if not 1 <= self.records <= self.max_tokens:
             raise ValueError(
                 f"ConversationPipeline.pack: expected 1 to max_tokens={self.max_tokens}, found "
                 f"{self.pack}"
             )
 
     @property
+    def records(self) -> int:
+        """Records of a row."""
+        return 1 if self.pack is None else self.pack
+
+    @property
     def row_images(self) -> int:
         """M, pictures of a row."""
-        return self.pack * self.max_images
+        return self.records * self.max_images
 
     @property
     def length(self) -> int:
@@ -162,7 +167,7 @@ class ConversationPipeline(Pipeline):
             )
         return host_batches(
             Recipe(self.sources, weights_of(self.source), self.make, self.collate),
-            global_batch=self.pack * global_batch,
+            global_batch=self.records * global_batch,
             seed=seed,
             process_index=process_index,
             process_count=process_count,
@@ -185,12 +190,12 @@ class ConversationPipeline(Pipeline):
         if self.blind:
             images = np.full_like(images, 127)
         encoded = self.template.encode(record.turns, self.text_tokenizer)
-        certain = self.max_tokens // self.pack
+        certain = self.max_tokens // self.records
         if all(label == IGNORE for label in encoded.labels[1:certain]):
             raise BadRecordError(
                 "nothing_to_learn",
                 f"no answer within the first {certain} tokens of {len(encoded.ids)} "
-                f"(max_tokens={self.max_tokens}, pack={self.pack})",
+                f"(max_tokens={self.max_tokens}, pack={self.records})",
             )
         return Made(Example(images, encoded.ids, encoded.labels))
 
@@ -220,13 +225,14 @@ class ConversationPipeline(Pipeline):
 
     def collate(self, examples: Sequence[Example]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
         """`pack` examples a row to arrays, and how many tokens were cut off."""
-        rows = [self.row(examples[n : n + self.pack]) for n in range(0, len(examples), self.pack)]
+        k = self.records
+        rows = [self.row(examples[n : n + k]) for n in range(0, len(examples), k)]
         arrays = {
             "ids": np.stack([r.spliced.ids for r in rows]),
             "labels": np.stack([r.spliced.labels for r in rows]),
             "valid": np.stack([r.spliced.valid for r in rows]),
         }
-        if self.pack > 1:
+        if k > 1:
             arrays["segments"] = np.stack([r.segments for r in rows])
         if self.max_images:
             side = self.framing.size
@@ -239,7 +245,7 @@ class ConversationPipeline(Pipeline):
 
     def fingerprint(self) -> str:
         # Rows of one record have the fingerprint that they had before there were others.
-        others = ("pack",) if self.pack == 1 else ()
+        others = ("pack",) if self.records == 1 else ()
         settings = settings_of(self, "source", "tokenizer", "tolerance", "reading", *others)
         words = digest(sorted((n, len(b)) for n, b in self.text_tokenizer.files().items()))
         sources = [s.fingerprint() for s in self.sources]
@@ -251,7 +257,7 @@ class ConversationPipeline(Pipeline):
             "template": type(self.template).__name__,
             "positions": self.length,
             "image_tokens": self.image_tokens,
-            "records_per_row": self.pack,
+            "records_per_row": self.records,
             "tokenizer": self.tokenizer,
         }
         try:

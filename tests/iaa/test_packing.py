@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from configs.iaa import pipeline
-from data_pipelines.conversation import ConversationRecord, Llama3, Turn
+from data_pipelines.conversation import ConversationPipeline, ConversationRecord, Llama3, Turn
 from data_pipelines.sources.base import InMemory
 from jaxmods.backbones.clip import VisionConfig
 from jaxmods.backbones.llama import LlamaConfig
@@ -29,6 +29,7 @@ from jaxmods.partitioning import (
     use_mesh,
 )
 from jaxmods.systems.iaa import Iaa
+from train.recipes import resolve
 
 LLAMA = LlamaConfig(
     vocab_size=768, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp=24, bos_id=0,
@@ -163,6 +164,17 @@ def test_texts_alone_are_packed_too() -> None:
         for s, rows in ((text, 4), (packed, 2))
     ]
     np.testing.assert_allclose(losses[1], losses[0], rtol=2e-6)  # float32 sums, other lengths
+
+
+def test_one_setting_packs_a_published_stage() -> None:
+    experiment = resolve("iaa/instruct", ["pack=4", "batch_size=32"]).experiment
+    spec = experiment.system.batch_spec(32)
+    data = experiment.data
+    assert isinstance(data, ConversationPipeline)
+    assert spec["segments"].shape == (32, data.length) == (32, 2048 + 4 * 575)
+    assert spec["image"].shape == (32, data.row_images, 336, 336, 3)
+    prompt = experiment.system.function_inputs(2)["sample_mm"]
+    assert prompt["image"].shape[1] == 1  # prompts are never packed
 
 
 @pytest.mark.parametrize("pack", [0, 57])

@@ -67,7 +67,8 @@ class Iaa(System):
       select_layer, select_feature: of CLIP's hidden states.
       max_tokens: tokens of a training row before splicing; T = max_tokens + M (N - 1).
       max_images: pictures of a conversation.
-      pack: conversations of a training row, which do not see each other (`segments` of a batch).
+      pack: conversations of a training row, which do not see each other (`segments` of a batch);
+        None: one.
       prompt_tokens: tokens of a prompt before splicing, for the functions.
       new_tokens: longest answer of the functions.
       stop_ids: ids that end an answer (`<|eot_id|>`); pad_id fills what follows.
@@ -89,7 +90,7 @@ class Iaa(System):
     select_feature: Literal["patch", "cls_patch"] = "patch"
     max_tokens: int = 2048
     max_images: int = 1
-    pack: int = 1
+    pack: int | None = None
     prompt_tokens: int = 512
     new_tokens: int = 128
     stop_ids: tuple[int, ...] = (128009,)
@@ -102,7 +103,7 @@ class Iaa(System):
     def __post_init__(self) -> None:
         depth = projector_depth(self.projector)
         plan(self.insert_after, self.llama.layers)
-        if not 1 <= self.pack <= self.max_tokens:
+        if not 1 <= self.conversations <= self.max_tokens:
             raise ValueError(
                 f"Iaa.pack: expected 1 to max_tokens={self.max_tokens}, found {self.pack}"
             )
@@ -138,6 +139,11 @@ class Iaa(System):
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     @property
+    def conversations(self) -> int:
+        """Conversations of a training row."""
+        return 1 if self.pack is None else self.pack
+
+    @property
     def image_tokens(self) -> int:
         """N."""
         if self.vision is None:
@@ -153,11 +159,13 @@ class Iaa(System):
     def batch_spec(self, global_batch: int) -> dict[str, ArraySpec]:
         """Arrays of `data_pipelines.conversation.ConversationPipeline`; without pictures for the
         Text workflow."""
-        names = ("ids", "labels", "valid", *(("segments",) if self.pack > 1 else ()))
+        names = ("ids", "labels", "valid", *(("segments",) if self.conversations > 1 else ()))
         if self.branch == "Text":
             return _rows(global_batch, self.max_tokens, names)
-        spec = _rows(global_batch, self.positions(self.max_tokens, self.pack), (*names, "slot"))
-        return {**spec, "image": self._image_spec(global_batch, self.pack)}
+        spec = _rows(
+            global_batch, self.positions(self.max_tokens, self.conversations), (*names, "slot")
+        )
+        return {**spec, "image": self._image_spec(global_batch, self.conversations)}
 
     def init(self, rng: jax.Array) -> Params:
         """Hugging Face's rules: N(0, 0.02) and ones. Branches start as copies of the base when
@@ -516,7 +524,7 @@ class Iaa(System):
             inserted = len([i for i in self.insert_after if i < c.layers])
         tokens = self.max_tokens
         if self.branch != "Text":
-            tokens = self.positions(self.max_tokens, self.pack)
+            tokens = self.positions(self.max_tokens, self.conversations)
         attention = c.width * c.head_dim * 2 * (c.heads + c.kv_heads)
         layer = attention + 3 * c.width * c.mlp
         scores = 2 * tokens * c.heads * c.head_dim
@@ -530,7 +538,7 @@ class Iaa(System):
         total = forward + backward + 2 * tokens * of_weights
         if self.branch != "Text" and self.vision is not None:
             v = self.vision
-            seen = self.pack * self.max_images * (v.grid**2 + 1)
+            seen = self.conversations * self.max_images * (v.grid**2 + 1)
             block = 4 * v.width**2 + 2 * v.width * v.mlp + 2 * (v.grid**2 + 1) * v.width
             total += 2 * seen * v.layers * block * (3 if "vision" in self.trains else 1)
         return float(total)
