@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -309,3 +310,26 @@ def test_sharded_equals_unsharded() -> None:
     expected = jax.jit(run_ours, static_argnums=0)(pair.ours, pair.params, *batch)
     for ours, alone in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert relative(ours, alone) < 1e-5
+
+
+def test_decoding_is_split_although_the_pictures_are_not() -> None:
+    """Every device decodes its own row and sends the finished picture, nothing before it."""
+    pair = pair_of("sd")
+    mesh = make_mesh(MeshShape(data=1, fsdp=8))
+    whole = sharding_for((), (), mesh)
+    latents = jax.ShapeDtypeStruct((8, *pair.noise.shape[1:]), jnp.float32)
+    boxed = jax.eval_shape(
+        lambda rng: pair.ours.init(rng, jnp.zeros((1, 8, 8, 3)))["params"], jax.random.key(0)
+    )
+    shapes = partitioning.unbox(boxed)
+    split = tree_shardings(shapes, partitioning.logical_axes(boxed), mesh)
+
+    def decode(params: Any, latents: Any) -> Any:
+        with use_mesh(mesh):
+            return pair.ours.apply({"params": params}, latents, method="decode")
+
+    rows = sharding_for(latents.shape, ("batch", None, None, None), mesh)
+    step = jax.jit(decode, in_shardings=(split, rows), out_shardings=whole)
+    program = step.lower(shapes, latents).compile().as_text()
+    channels = {int(c) for c in re.findall(r"f32\[8,\d+,\d+,(\d+)\]", program)}
+    assert channels == {3}

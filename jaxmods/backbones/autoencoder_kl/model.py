@@ -156,6 +156,8 @@ class Decoder(nn.Module):
                 x = ResNet(features, c.groups, name=f"up_{level}_resnet_{n}")(x)
             if level + 1 < len(c.channels):
                 x = Conv2d(features, name=f"up_{level}_sample")(double_nearest(x))
+                # Where the pictures are wanted whole everywhere, that must not reach up to here.
+                x = constrain(x, _SPACE)
         x = GroupNorm(c.groups, activation="silu", name="norm_out")(x)
         return Conv2d(c.picture_channels, name="conv_out")(x)
 
@@ -225,4 +227,4 @@ class AutoencoderKL(nn.Module):
         latents = constrain(latents, _SPACE)
         if c.post_quant_conv:
             latents = self.post_quant(latents)
-        return self.decoder(latents)
+        return constrain(self.decoder(latents), _SPACE)
