@@ -47,6 +47,7 @@ def pipe(params: Params, tmp_path_factory: pytest.TempPathFactory) -> Any:
     diffusers = pytest.importorskip("diffusers")
     folder = tmp_path_factory.mktemp("flux") / "pipeline"
     LATENTS.save_pipeline(params, folder)
+    assert LATENTS.verify_export(folder, params, jax.random.key(0))["velocity"] < TOLERANCE
     again = import_weights(LATENTS, folder)
     jax.tree.map(np.testing.assert_array_equal, again, params)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")

@@ -31,8 +31,9 @@ from jaxmods.systems.refton.weights import (
 from jaxmods.weights import WeightError, open_weights
 from tests.parity.live import relative
 from tests.refton.tiny import BASE, PLAIN, SYSTEM, random_params
+from train.adapters import merge_adapters
 from train.exits import UserError
-from train.interchange import abstract_params, import_weights
+from train.interchange import abstract_params, export_weights, import_weights, verify
 
 # fp32 on both sides; one block or a few convolutions.
 TOLERANCE = 1e-5
@@ -241,6 +242,24 @@ def test_merged_is_attached(params: Params, tmp_path: Path, inputs: Any) -> None
     ours = velocity(merged, packed, text)
     # The product's rounding is in the kernels now.
     assert relative(ours, velocity(params, packed, text)) < TOLERANCE
+
+
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "apart"])
+def test_diffusers_verifies_an_export(params: Params, tmp_path: Path, merged: bool) -> None:
+    """Adapters merged into a pipeline, and beside their base; what is not the same is noticed."""
+    pytest.importorskip("diffusers")
+    system, sent = merge_adapters(SYSTEM, params) if merged else (SYSTEM, params)
+    folder = tmp_path / "export"
+    export_weights(system, sent, folder)
+    certificate = verify(system, sent, folder)
+    assert (certificate.forward, certificate.passed) == ("compared", True)
+    assert set(certificate.relative_errors) == {"velocity"}
+    name, leaf = ("lora", "b") if not merged else ("transformer", "kernel")
+    other = jax.tree_util.tree_map_with_path(
+        lambda path, x: 1.01 * x if path[-1].key == leaf else x, sent[name]
+    )
+    found = system.verify_export(folder, {**sent, name: other}, jax.random.key(0))
+    assert found["velocity"] > 10 * TOLERANCE
 
 
 def test_wrong_adapters_are_refused(params: Params, tmp_path: Path) -> None:

@@ -219,6 +219,16 @@ class Flux(System):
             progress=progress,
         )
 
+    def verify_export(self, folder: Path, params: Params, rng: jax.Array) -> dict[str, float]:
+        """Relative error ||a - b|| / ||b|| of the velocity of diffusers' transformer on `folder`
+        against ours; see `jaxmods.systems.flux.verification.verify`."""
+        from jaxmods.systems.flux import verification
+
+        values, rest = jax.random.split(rng)
+        noise = jax.random.normal(values, (2, 8, 4, self.base.vae.latent_channels))
+        image = [Tokens(pack(noise), grid_ids(4, 2))]
+        return verification.verify(self.base, folder, params["transformer"], image, rest)
+
     def flops_per_example(self) -> float:
         """Analytic FLOPs of a training step per example, products only: three times the forward
         pass of the transformer, and the encoders that run in a step."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import flax.linen as nn
@@ -436,6 +437,22 @@ class RefTon(System):
     def complete_import(self, params: Params, missing: frozenset[str]) -> Params:
         """Fresh adapters for a base that has none; see `weights.complete`."""
         return weights.complete(self, params, missing)
+
+    def verify_export(self, folder: Path, params: Params, rng: jax.Array) -> dict[str, float]:
+        """Relative error of the velocity, given all conditions, of diffusers' transformer with the
+        adapters of `folder` against ours; see `jaxmods.systems.flux.verification.verify`."""
+        from jaxmods.systems.flux import verification
+
+        *keys, rest = jax.random.split(rng, 2 + len(self.conditions))
+        shape = (2, 8, 4, self.base.vae.latent_channels)
+        noise, *others = (jax.random.normal(key, shape) for key in keys)
+        pairs = zip(self.conditions, others, strict=True)
+        image = [tokens(noise), *(tokens(x, c.label, self._scale(c)) for c, x in pairs)]
+        transformer, config = params["transformer"], self.lora_config
+        if config is not None:
+            transformer = lora.attach(transformer, params["lora"], config)
+        scale = 0.0 if config is None else config.scale
+        return verification.verify(self.base, folder, transformer, image, rest, scale=scale)
 
     def flops_per_example(self) -> float:
         """Analytic FLOPs of a training step per example, products only: forward, backward through
