@@ -333,6 +333,7 @@ def iaa_14() -> Experiment:
         evaluation=Evaluation(batch_size=64, protocols=protocols),
         sampler=ChatSampler(read),
         init=Init(weights=weights),
-        notes="File names of the RefCOCO+ and RefCOCOg splits are an ASSUMPTION.",
+        notes="File names of the RefCOCO+ and RefCOCOg splits are an ASSUMPTION. On several chips "
+        "evaluate and sample with --set mesh.fsdp=1 mesh.tensor=-1 (up to 8, its key heads).",
         shorthands=(("weights", places), *stage.shorthands[1:]),
     )
