@@ -191,13 +191,14 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, sharding_for(x.shape, axes, mesh, rules))
 
 
-def keep_whole(x: jax.Array) -> jax.Array:
-    """Hint that the last axis of an activation is not split, whatever happens to the others; the
-    identity outside a mesh.
+def keep_whole(x: jax.Array, axis: int = -1) -> jax.Array:
+    """Hint that an axis (counted from the end, -1 the last) is not split, whatever happens to the
+    others; the identity outside a mesh.
 
-    `jaxmods.nn.layers.Linear` asks this of every activation along "embed". It is the usual layout,
-    and it keeps XLA (seen on the CPU, jaxlib 0.10.2, with Shardy and with GSPMD; the program of
-    libtpu 0.0.52 has no such exchange) from a product that it gets wrong: with x
+    `jaxmods.nn.layers.Linear` asks this of every activation along "embed", and `dense` of low-rank
+    factors along their rank. For activations it is the usual layout, and it keeps XLA (seen on the
+    CPU, jaxlib 0.10.2, with Shardy and with GSPMD; the program of libtpu 0.0.52 has no such
+    exchange) from a product that it gets wrong: with x
     [("data", "fsdp"), "tensor"], a kernel ["tensor", "fsdp"] and a result
     [("data", "fsdp"), "tensor"] it exchanges the rows of "data" and "fsdp" and never puts them
     back. Left alone, it chooses that layout for a result that is multiplied by a gate which is
@@ -205,10 +206,9 @@ def keep_whole(x: jax.Array) -> jax.Array:
     """
     if _ACTIVE is None or _ACTIVE[0].size == 1:
         return x
-    free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(
-        x, NamedSharding(_ACTIVE[0], PartitionSpec(*free, None))
-    )
+    spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * x.ndim
+    spec[axis] = None
+    return jax.lax.with_sharding_constraint(x, NamedSharding(_ACTIVE[0], PartitionSpec(*spec)))
 
 
 def active() -> tuple[Mesh, Rules] | None:

@@ -106,7 +106,7 @@ def init(rng: Array, base: Params, config: LoraConfig, name: str = DEFAULT) -> P
     """Fresh float32 adapters for `base`, boxed with logical axes.
 
     The input axis of `a` and the output axis of `b` are named as the kernel's own, and split as
-    these are. The rank axis ("rank") is split over fsdp where that leaves the factor whole.
+    these are. The rank axis ("rank") is split over fsdp where the other is not; `dense` gathers it.
 
     Args:
       base: boxed parameters (or their abstract form) of the model.
