@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -98,6 +98,7 @@ class ConversationPipeline(Pipeline):
       max_tokens: tokens of a row before splicing; the rest is cut and counted ("tokens").
       pack: records of a row, which share its tokens and do not see each other; None: one. A batch
         of n rows takes `pack` n records.
+      learn: "answers", or "all" tokens that are not pictures, as in pre-training.
       max_chars: longest message in characters.
       blind: every picture is replaced by grey, for a model that has the texts only.
       tolerance: how many unusable records a run accepts. reading: threads and worker processes.
@@ -111,6 +112,7 @@ class ConversationPipeline(Pipeline):
     max_images: int = 1
     max_tokens: int = 2048
     pack: int | None = None
+    learn: Literal["answers", "all"] = "answers"
     max_chars: int = 100_000
     blind: bool = False
     tolerance: Tolerance = dataclasses.field(default_factory=Tolerance)
@@ -190,14 +192,17 @@ class ConversationPipeline(Pipeline):
         if self.blind:
             images = np.full_like(images, 127)
         encoded = self.template.encode(record.turns, self.text_tokenizer)
+        labels = encoded.labels
+        if self.learn == "all":
+            labels = tuple(IGNORE if token == IMAGE else token for token in encoded.ids)
         certain = self.max_tokens // self.records
-        if all(label == IGNORE for label in encoded.labels[1:certain]):
+        if all(label == IGNORE for label in labels[1:certain]):
             raise BadRecordError(
                 "nothing_to_learn",
                 f"no answer within the first {certain} tokens of {len(encoded.ids)} "
                 f"(max_tokens={self.max_tokens}, pack={self.records})",
             )
-        return Made(Example(images, encoded.ids, encoded.labels))
+        return Made(Example(images, encoded.ids, labels))
 
     def row(self, members: Sequence[Example]) -> Row:
         """The row of `pack` conversations."""

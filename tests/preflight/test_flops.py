@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import pytest
 
 from jaxmods.backbones.clip import TextConfig, VisionConfig
+from jaxmods.backbones.llama import LlamaConfig
 from jaxmods.nn.stack import Execution
 from jaxmods.partitioning import MeshShape, make_mesh
 from jaxmods.system import FROZEN, TRAIN
 from jaxmods.systems.fgclip.system import FgClip
 from jaxmods.systems.flux.base import FluxBase
+from jaxmods.systems.iaa import Iaa
 from jaxmods.systems.refton.system import RefTon
 from tests.preflight.toy import Toy, experiment
 from train.preflight import program
@@ -121,6 +123,26 @@ def test_fgclip_agrees_with_its_own_analysis(weights):
     batch = {k: s.struct() for k, s in system.batch_spec(64).items()}
     counted = program._needed(plan, batch, Flops(matmul=float("inf")))
     assert counted.total / 64 == pytest.approx(system.flops_per_example(), rel=0.05)
+
+
+def test_iaa_agrees_with_its_own_analysis():
+    """Within 1 %: the projector is left out by hand."""
+    system = Iaa(
+        llama=LlamaConfig(
+            vocab_size=2048, width=256, layers=3, heads=8, kv_heads=2, head_dim=32, mlp=768
+        ),
+        vision=VisionConfig(width=64, layers=2, heads=2, mlp=256, image_size=64, patch_size=8),
+        insert_after=(0,),
+        branches=("MM",),
+        max_tokens=256,
+        pack=2,
+        execution=Execution(remat="full"),
+    )
+    recipe = experiment(system, batch_size=4, mesh=MeshShape())
+    plan = make_plan(recipe, make_mesh(recipe.mesh, jax.devices()[:1]))
+    batch = {k: s.struct() for k, s in system.batch_spec(4).items()}
+    counted = program._needed(plan, batch, Flops(matmul=float("inf")))
+    assert counted.total / 4 == pytest.approx(system.flops_per_example(), rel=0.01)
 
 
 def test_primitives():

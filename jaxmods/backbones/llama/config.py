@@ -56,6 +56,7 @@ class LlamaConfig:
         how many of the `head_dim / 2` frequencies turn with which. None: one number per token.
       qkv_bias: q, k and v have biases (Qwen2).
       tied: the head is the embedding table.
+      initializer_range: standard deviation of drawn parameters.
       max_positions: length of the pre-training; nothing here depends on it.
       bos_id, eos_ids: special tokens; generation stops at any of `eos_ids`.
     """
@@ -73,6 +74,7 @@ class LlamaConfig:
     rope_sections: tuple[int, int, int] | None = None
     qkv_bias: bool = False
     tied: bool = False
+    initializer_range: float = 0.02
     max_positions: int = 8192
     bos_id: int | None = 128000
     eos_ids: tuple[int, ...] = (128001,)
@@ -139,6 +141,7 @@ class LlamaConfig:
             rope_sections=sections,
             qkv_bias=kind == "qwen2",
             tied=config.get("tie_word_embeddings", False),
+            initializer_range=config.get("initializer_range", 0.02),
             max_positions=config.get("max_position_embeddings", 2048),
             bos_id=config.get("bos_token_id"),
             eos_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
@@ -166,7 +169,7 @@ class LlamaConfig:
             "head_dim": self.head_dim,
             "hidden_act": "silu",
             "hidden_size": self.width,
-            "initializer_range": 0.02,
+            "initializer_range": self.initializer_range,
             "intermediate_size": self.mlp,
             "max_position_embeddings": self.max_positions,
             "num_attention_heads": self.heads,

@@ -39,7 +39,6 @@ from jaxmods.nn.layers import Linear, RMSNorm, boxed
 from jaxmods.nn.stack import Execution, run, stacked_param
 from jaxmods.partitioning import constrain
 
-_normal = nn.initializers.normal(0.02)
 _PLAIN = Execution()
 
 
@@ -65,9 +64,10 @@ class DecoderLayer(nn.Module):
 
     def setup(self) -> None:
         c = self.config
+        normal = nn.initializers.normal(c.initializer_range)
 
         def linear(features: int, axes: tuple[str, str], bias: bool = False) -> Linear:
-            return Linear(features, axes, use_bias=bias, kernel_init=_normal)
+            return Linear(features, axes, use_bias=bias, kernel_init=normal)
 
         self.norm1 = RMSNorm(c.epsilon)
         self.q = linear(c.heads * c.head_dim, ("embed", "heads"), c.qkv_bias)
@@ -215,14 +215,15 @@ class Llama(nn.Module):
 
     def setup(self) -> None:
         c = self.config
+        normal = nn.initializers.normal(c.initializer_range)
         self.embedding = self.param(
-            "embedding", boxed(_normal, ("vocab", "embed")), (c.vocab_size, c.width)
+            "embedding", boxed(normal, ("vocab", "embed")), (c.vocab_size, c.width)
         )
         self.layers = layers_param(self, "layers", c, c.layers)
         self.final_norm = RMSNorm(c.epsilon)
         if not c.tied:
             self.unembedding = self.param(
-                "unembedding", boxed(_normal, ("embed", "vocab")), (c.width, c.vocab_size)
+                "unembedding", boxed(normal, ("embed", "vocab")), (c.width, c.vocab_size)
             )
 
     def __call__(

@@ -54,8 +54,6 @@ IAA_8 = (0, 4, 8, 12, 16, 20, 24, 28)  # ASSUMPTION: the paper does not give the
 # CLIP ViT-L/14 at 336 px.
 CLIP_L_336 = VisionConfig(width=1024, layers=24, heads=16, mlp=4096, image_size=336, patch_size=14)
 
-_normal = nn.initializers.normal(0.02)
-
 
 def projector_depth(kind: str) -> int:
     """Linear layers of a projector: 0 for "identity", 1 for "linear", n for "mlp{n}x_gelu".
@@ -75,20 +73,21 @@ def projector_depth(kind: str) -> int:
 
 class Projector(nn.Module):
     """Image features to the width of the language model, token by token: linear layers with exact
-    (erf) GELU between them."""
+    (erf) GELU between them; drawn with the standard deviation `initializer_range`."""
 
     kind: str
     width: int
+    initializer_range: float = 0.02
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., F] -> [..., D]; the identity leaves F as it is."""
+        normal = nn.initializers.normal(self.initializer_range)
         for number in range(projector_depth(self.kind)):
             if number:
                 x = jax.nn.gelu(x, approximate=False)
-            x = Linear(self.width, ("embed", "proj"), kernel_init=_normal, name=f"linear_{number}")(
-                x
-            )
+            name = f"linear_{number}"
+            x = Linear(self.width, ("embed", "proj"), kernel_init=normal, name=name)(x)
         return x
 
 
@@ -107,14 +106,15 @@ class BranchModule(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.projector = Projector(self.projector_kind, c.width)
+        normal = nn.initializers.normal(c.initializer_range)
+        self.projector = Projector(self.projector_kind, c.width, c.initializer_range)
         self.embedding = self.param(
-            "embedding", boxed(_normal, ("vocab", "embed")), (c.vocab_size, c.width)
+            "embedding", boxed(normal, ("vocab", "embed")), (c.vocab_size, c.width)
         )
         self.layers = layers_param(self, "layers", c, self.inserted)
         self.final_norm = RMSNorm(c.epsilon)
         self.unembedding = self.param(
-            "unembedding", boxed(_normal, ("embed", "vocab")), (c.width, c.vocab_size)
+            "unembedding", boxed(normal, ("embed", "vocab")), (c.width, c.vocab_size)
         )
 
     def __call__(self) -> Any:

@@ -168,8 +168,8 @@ class Iaa(System):
         return {**spec, "image": self._image_spec(global_batch, self.conversations)}
 
     def init(self, rng: jax.Array) -> Params:
-        """Hugging Face's rules: N(0, 0.02) and ones. Branches start as copies of the base when
-        weights of a base are imported (`complete_import`)."""
+        """Hugging Face's rules: N(0, `llama.initializer_range`) and ones. Branches start as copies
+        of the base when weights of a base are imported (`complete_import`)."""
         return self.model.init(rng)["params"]
 
     def labels(self, params: Params) -> dict[str, Any]:
@@ -492,7 +492,7 @@ class Iaa(System):
     def _drawn_projector(self, branch: Branch) -> Params:
         assert self.vision is not None
         key = jax.random.fold_in(jax.random.key(self.seed), BRANCHES.index(branch))
-        module = Projector(self.projector, self.llama.width)
+        module = Projector(self.projector, self.llama.width, self.llama.initializer_range)
         return unbox(module.init(key, jnp.zeros((1, self.vision.width))).get("params", {}))
 
     def hub_config(self) -> dict[str, Any]:
@@ -518,7 +518,8 @@ class Iaa(System):
 
     def flops_per_example(self) -> float:
         """Products of one training row: forward 2 per weight and token, backward the same again
-        for activations, and once more for the weights that train. Attention is counted in full."""
+        for activations, and once more for the weights that train. Attention is counted in full, and
+        twice in the backward pass: both factors of its products have gradients."""
         c, inserted = self.llama, 0
         if self.branch != "Text":
             inserted = len([i for i in self.insert_after if i < c.layers])
@@ -531,7 +532,7 @@ class Iaa(System):
         head = c.width * c.vocab_size
         base_trains = "base" in self.trains
         forward = 2 * tokens * ((c.layers + inserted) * (layer + scores) + head)
-        backward = forward
+        backward = forward + 2 * tokens * (c.layers + inserted) * scores
         of_weights = inserted * layer * ("insertion" in self.trains)
         of_weights += c.layers * layer * base_trains
         of_weights += head * ("head" in self.trains or (base_trains and self.branch == "Text"))
