@@ -5,13 +5,14 @@
 | colour | what colour is the *striped ball*? | one of ten colours |
 | texture | what is the surface of the *red ball* like? | one of six surfaces |
 | size | is the *red ball* small or large? | small, large |
-| count | how many objects are there? | three to six |
+| count | how many objects are there? | one to six |
 | exists | is there a *red ball*? | yes, no (even) |
 | relation | is the *red ball* to the left of the *blue cube*? | yes, no (even) |
 | ground | IAA's grounding query with a phrase that fits one object | its box, two decimals |
+| list | what is there, from left to right? | all objects by their full names |
 
-Every question about an object names it so that it fits no other in the scene, without the attribute
-that is asked for.
+Every question about an object names it so that it fits no other in the scene: with its colour, and
+with further attributes where needed, but without the one that is asked for.
 """
 
 from __future__ import annotations
@@ -26,17 +27,25 @@ from data_pipelines.conversation.workflows import grounding_query
 from data_pipelines.records import BadRecordError
 from data_pipelines.scenes.captions import long_caption, short_caption
 from data_pipelines.scenes.draws import Draws
-from data_pipelines.scenes.graph import Relation, Scene, SceneObject, relation, sample_scene
+from data_pipelines.scenes.graph import (
+    MAX_OBJECTS,
+    MIN_OBJECTS,
+    Relation,
+    Scene,
+    SceneObject,
+    relation,
+    sample_scene,
+)
 from data_pipelines.scenes.render import render
 from data_pipelines.scenes.vocabulary import COLOURS, OBJECTS, SIZES, TEXTURES
 from data_pipelines.sources.base import Source, digest
 
-Kind = Literal["colour", "texture", "size", "count", "exists", "relation", "ground"]
+Kind = Literal["colour", "texture", "size", "count", "exists", "relation", "ground", "list"]
 QUESTIONS: tuple[Kind, ...] = ("colour", "texture", "size", "count", "exists", "relation")
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # Raised whenever the same (seed, index) would give another question or answer.
-VERSION = 1
+VERSION = 2
 
 # What guessing gives at best: the most frequent answer, where answers are drawn evenly.
 CHANCE: dict[str, float] = {
@@ -51,7 +60,7 @@ CHANCE: dict[str, float] = {
 _DRAWS = 200  # for the questions of one record
 
 _STREAM = 300
-_NUMBERS = {3: "three", 4: "four", 5: "five", 6: "six"}
+_NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 _RELATIONS: dict[Relation, str] = {
     "left": "to the left of", "right": "to the right of", "above": "above", "below": "below",
     "front": "in front of", "behind": "behind",
@@ -70,10 +79,11 @@ class SceneDialogues(Source[ConversationRecord]):
       seed: of the world. start: first index (hold out from `HELD_OUT`). count: number of records.
       image_size: pixels per side.
       kinds: kinds of question, drawn evenly (one that a scene cannot ask is drawn again).
-      told: instead of the picture, the scene's long caption stands before the question: reading
-        exercises for a language model without eyes. Not for "ground".
-      questions: different questions of one record, fewer where a scene has no more; `extra`
-        speaks of the last.
+      told: instead of the picture, the answer to "list" stands before the question: reading
+        exercises for a language model without eyes. Not for "ground" and "list".
+      questions: different questions of one record, fewer where a scene has no more; "list", whose
+        answer would give away the others, is the last. `extra` speaks of the last.
+      objects: fewest and most objects of a scene, of 1 to 6.
     """
 
     seed: int = 0
@@ -83,6 +93,7 @@ class SceneDialogues(Source[ConversationRecord]):
     kinds: tuple[Kind, ...] = QUESTIONS
     told: bool = False
     questions: int = 1
+    objects: tuple[int, int] = (MIN_OBJECTS, MAX_OBJECTS)
 
     def __post_init__(self) -> None:
         unknown = [k for k in self.kinds if k not in KINDS]
@@ -90,8 +101,17 @@ class SceneDialogues(Source[ConversationRecord]):
             raise ValueError(
                 f"SceneDialogues.kinds: expected some of {', '.join(KINDS)}, found {self.kinds}"
             )
-        if self.told and "ground" in self.kinds:
-            raise ValueError("SceneDialogues: told=True has no boxes; leave out the kind ground")
+        if self.told and {"ground", "list"} & set(self.kinds):
+            raise ValueError(
+                "SceneDialogues: told=True has no boxes, and the list is told; leave out the "
+                "kinds ground and list"
+            )
+        low, high = self.objects
+        if not 1 <= low <= high <= MAX_OBJECTS:
+            raise ValueError(
+                f"SceneDialogues.objects: expected 1 <= fewest <= most <= {MAX_OBJECTS}, found "
+                f"{self.objects}"
+            )
         if self.questions < 1:
             raise ValueError(
                 f"SceneDialogues.questions: expected 1 or more, found {self.questions}"
@@ -113,35 +133,35 @@ class SceneDialogues(Source[ConversationRecord]):
         """
         if not 0 <= index < self.count:
             raise IndexError(f"SceneDialogues: expected 0 <= index < {self.count}, found {index}")
-        scene = sample_scene(self.seed, self.start + index)
+        scene = sample_scene(self.seed, self.start + index, objects=self.objects)
         draws = Draws(self.seed, self.start + index, _STREAM)
         views = None if self.told else render(scene, self.image_size)
-        turns: list[Turn] = []
-        extra: dict[str, Any] = {}
-        asked: set[str] = set()
+        found: dict[str, tuple[str, dict[str, Any]]] = {}  # by question
         for _ in range(_DRAWS):
-            if len(asked) == self.questions:
+            if len(found) == self.questions:
                 break
             kind = draws.choice(self.kinds)
             if kind == "ground" and views is not None:
-                found = _ground(scene, views.boxes, self.image_size, draws)
+                made = _ground(scene, views.boxes, self.image_size, draws)
             else:
-                found = _question(scene, kind, draws)
-            if found is None or found[0] in asked:
+                made = _question(scene, kind, draws)
+            if made is None or made[0] in found:
                 continue
-            question, answer, more = found
             task = "Text" if self.told else "G" if kind == "ground" else "MM"
-            extra = {"task": task, "kind": kind, **more}
-            asked.add(question)
-            lead = f"{long_caption(scene) if self.told else PLACEHOLDER}\n" if not turns else ""
+            found[made[0]] = (made[1], {"task": task, "kind": kind, **made[2]})
+        asked = sorted(found.items(), key=lambda item: item[1][1]["kind"] == "list")
+        turns: list[Turn] = []
+        lead = f"{_listing(scene) if self.told else PLACEHOLDER}\n"
+        for question, (answer, _) in asked:
             turns += [Turn("user", lead + question), Turn("assistant", answer)]
+            lead = ""
         if not turns:
             raise BadRecordError("no_question", f"nothing of kinds {self.kinds} to ask")
         return ConversationRecord(
             id=self.record_id(index),
             turns=tuple(turns),
             images=() if views is None else (views.image,),
-            extra=extra,
+            extra=asked[-1][1][1],
         )
 
     def record_id(self, index: int) -> str:
@@ -195,12 +215,14 @@ def tokenizer_texts(scenes: int) -> Iterator[str]:
     sources: tuple[Source[ConversationRecord], ...] = (
         SceneDialogues(count=scenes, told=True),
         SceneDialogues(count=scenes, kinds=("ground",)),
+        SceneDialogues(count=scenes, kinds=("list",)),
         SceneTexts(count=scenes),
     )
     for source in sources:
         for index in range(scenes):
             yield from (turn.text.replace(PLACEHOLDER, "") for turn in source[index].turns)
     yield from (f"{n:02d}" for n in range(100) for _ in range(scenes))
+    yield from (role for role in ("system", "user", "assistant") for _ in range(scenes))
 
 
 _Found = tuple[str, str, dict[str, Any]]
@@ -209,10 +231,11 @@ _Found = tuple[str, str, dict[str, Any]]
 def _named(
     scene: Scene, thing: SceneObject, *without: Literal["colour", "texture", "size"]
 ) -> str | None:
-    """The shortest phrase without some attributes that fits `thing` alone; None when none does."""
+    """The shortest phrase with its colour, but without some attributes, that fits `thing` alone;
+    None when none does."""
     rivals = [o for o in scene.objects if o is not thing]
     usable = [a for a in ("colour", "texture", "size") if a not in without]
-    for count in range(len(usable) + 1):
+    for count in range("colour" in usable, len(usable) + 1):
         used = usable[:count]
         if all(
             o.kind != thing.kind or any(getattr(o, a) != getattr(thing, a) for a in used)
@@ -223,6 +246,19 @@ def _named(
             ]
             return " ".join([*words, OBJECTS[thing.kind].en[0]])
     return None
+
+
+def _listing(scene: Scene) -> str:
+    """All objects from left to right: "large plain yellow umbrella, small checked pink ring"."""
+    return ", ".join(
+        " ".join(
+            [
+                *(_word(a, getattr(o, a)) for a in ("size", "texture", "colour")),
+                OBJECTS[o.kind].en[0],
+            ]
+        )
+        for o in sorted(scene.objects, key=lambda o: o.x)
+    )
 
 
 def _word(attribute: str, value: str) -> str:
@@ -238,6 +274,8 @@ def _question(scene: Scene, kind: Kind, draws: Draws) -> _Found | None:
         return _exists(scene, thing, draws)
     if kind == "relation":
         return _relation(scene, thing, draws)
+    if kind == "list":
+        return "What is there, from left to right?", _listing(scene), {}
     if kind not in ("colour", "texture", "size"):
         return None
     name = _named(scene, thing, kind)
@@ -266,7 +304,10 @@ def _exists(scene: Scene, thing: SceneObject, draws: Draws) -> _Found | None:
 
 
 def _relation(scene: Scene, thing: SceneObject, draws: Draws) -> _Found | None:
-    other = draws.choice([o for o in scene.objects if o is not thing])
+    others = [o for o in scene.objects if o is not thing]
+    if not others:
+        return None
+    other = draws.choice(others)
     which = relation(thing, other)
     names = _named(scene, thing), _named(scene, other)
     if which is None or None in names:

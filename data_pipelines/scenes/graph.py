@@ -149,11 +149,17 @@ def relation(a: SceneObject, b: SceneObject) -> Relation | None:
     return None
 
 
-def sample_scene(seed: int, index: int, settings: tuple[str, ...] = ()) -> Scene:
+def sample_scene(
+    seed: int,
+    index: int,
+    settings: tuple[str, ...] = (),
+    objects: tuple[int, int] = (MIN_OBJECTS, MAX_OBJECTS),
+) -> Scene:
     """The scene with this seed and index. Pure: no state, any order, equal on every machine.
 
     Args:
       settings: keys of `vocabulary.SETTINGS` to draw the setting from; empty for all.
+      objects: fewest and most objects; now and then there is no room for as many as were drawn.
 
     Raises:
       ValueError: seed or index is negative.
@@ -163,7 +169,7 @@ def sample_scene(seed: int, index: int, settings: tuple[str, ...] = ()) -> Scene
     horizon = draws.choice(HORIZONS)
     light = round(draws.uniform(0.35, 1.0) * (1 if draws.chance(0.5) else -1), 4)
     pan, tint = round(draws.uniform(), 4), round(draws.uniform(), 4)
-    wanted = MIN_OBJECTS + draws.below(MAX_OBJECTS - MIN_OBJECTS + 1)
+    wanted = objects[0] + draws.below(objects[1] - objects[0] + 1)
     placed: list[_Placed] = []
     for _ in range(4 * MAX_OBJECTS):
         if len(placed) == wanted:
@@ -173,17 +179,17 @@ def sample_scene(seed: int, index: int, settings: tuple[str, ...] = ()) -> Scene
             placed.append(candidate)
     placed.sort(key=lambda p: p.ground)
     depths = [round(ground_depth(p.ground, horizon), 4) for p in placed]
-    objects = []
+    made = []
     for i, p in enumerate(placed):
         # The bulge stays behind the next nearer object: painter's order and depth agree.
         gap = depths[i] - (depths[i + 1] if i + 1 < len(depths) else 0.8 * depths[i])
         relief = round(min(0.8 * gap, p.radius * depths[i]), 4)
-        objects.append(
+        made.append(
             SceneObject(
                 *p.identity, p.x, p.ground, p.lift, p.radius, p.tilt, p.turn, depths[i], relief
             )
         )
-    return Scene(seed, index, setting, horizon, light, pan, tint, tuple(objects))
+    return Scene(seed, index, setting, horizon, light, pan, tint, tuple(made))
 
 
 @dataclasses.dataclass(slots=True)

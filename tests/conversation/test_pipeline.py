@@ -28,6 +28,7 @@ from data_pipelines.conversation.scenes import (
     SceneDialogues,
     SceneTexts,
 )
+from data_pipelines.conversation.splice import IGNORE, IMAGE
 from data_pipelines.records import BadRecordError
 from data_pipelines.sampling import Tolerance
 from data_pipelines.sources.base import InMemory, Mixture
@@ -86,8 +87,18 @@ def test_cutting_is_counted_and_a_cut_answer_is_refused() -> None:
     short = pipeline(InMemory((record(turns=turns),)), max_tokens=used - 2)
     info = next(iter(short.batches(global_batch=2, seed=0))).info
     assert info.cut == {"tokens": 4}
+    asked = next(n for n, label in enumerate(whole.example.labels) if label != IGNORE)
+    cut = pipeline(InMemory((record(turns=turns),)), max_tokens=asked)
     with pytest.raises(BadRecordError, match="nothing_to_learn"):
-        pipeline(InMemory((record(),)), max_tokens=20).make(record(), np.random.default_rng())
+        cut.make(record(turns=turns), np.random.default_rng())
+
+
+def test_everything_is_learnt_but_pictures() -> None:
+    """As in pre-training: `learn="all"`."""
+    example = pipeline(InMemory((record(),)), learn="all").make(record(), np.random.default_rng())
+    ids, labels = np.array(example.example.ids), np.array(example.example.labels)
+    assert (ids == IMAGE).sum() == 1
+    np.testing.assert_array_equal(labels, np.where(ids == IMAGE, IGNORE, ids))
 
 
 @pytest.mark.parametrize(
@@ -294,12 +305,22 @@ def test_scene_questions_are_true_of_the_scene() -> None:
     assert kinds == set(KINDS)
     told = SceneDialogues(count=200, told=True)
     counts = [r for r in told if r.extra["kind"] == "count"]
-    sayings = [r for r in counts if "objects in all" in r.turns[0].text]
-    assert sayings
-    assert all(f"There are {r.turns[1].text} objects" in r.turns[0].text for r in sayings)
+    words = ("none", "one", "two", "three", "four", "five", "six")
+    assert {words.index(r.turns[1].text) for r in counts} == {3, 4, 5, 6}
+    assert all(words[r.turns[0].text.count(", ") + 1] == r.turns[1].text for r in counts)
     colours = [r for r in told if r.extra["kind"] == "colour"]
     assert all(r.turns[1].text in r.turns[0].text for r in colours)
     assert set(CHANCE) == set(QUESTIONS)
+    few = SceneDialogues(count=60, kinds=("count",), objects=(1, 2))
+    assert {r.turns[1].text for r in few} == {"one", "two"}
+    several = SceneDialogues(count=60, kinds=KINDS, questions=4)
+    lists = [
+        [n for n, t in enumerate(r.turns) if t.text.startswith("What is there")] for r in several
+    ]
+    assert any(lists)
+    assert all(
+        n == len(r.turns) - 2 for r, found in zip(several, lists, strict=True) for n in found
+    )
     ground = SceneDialogues(count=3, kinds=("ground",))[1]
     numbers = np.array(json.loads(ground.turns[1].text))
     np.testing.assert_allclose(64 * numbers, ground.extra["box"], atol=0.33)
@@ -314,3 +335,5 @@ def test_scene_sources_mix_and_refuse_what_they_cannot_ask() -> None:
         SceneDialogues(told=True, kinds=("ground",))
     with pytest.raises(ValueError, match="expected some of"):
         SceneDialogues(kinds=("taste",))
+    with pytest.raises(ValueError, match=r"fewest <= most <= 6, found \(3, 7\)"):
+        SceneDialogues(objects=(3, 7))
