@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -15,12 +12,12 @@ from PIL import Image
 
 from data_pipelines.scenes import Scenes
 from jaxmods.partitioning import MeshShape, make_mesh
+from tests.command import ROOT, jaxmods
 from train.canonical import canonical
 from train.cli import main
 from train.recipes import all_recipes, resolve
 from train.state import make_plan
 
-ROOT = Path(__file__).resolve().parents[1]
 REAL_COCO = ROOT.parent / "shared" / "data" / "coco_mini"
 
 
@@ -78,20 +75,6 @@ def write_coco(root: Path, split: str, start: int, count: int) -> None:
     ):
         content = {"images": images, "annotations": rows, **more}
         (root / "annotations" / f"{kind}_{split}.json").write_text(json.dumps(content))
-
-
-def jaxmods(*words: str) -> dict:
-    """Run the command as a user would, on one device; what it prints as JSON."""
-    done = subprocess.run(
-        [sys.executable, "-m", "train", *words, "--json"],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
 
 
 @pytest.mark.slow

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,32 +11,14 @@ from PIL import Image
 
 from data_pipelines.conversation.scenes import SceneDialogues
 from jaxmods.weights import open_weights
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def command(*words: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "train", *words],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def losses(run: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+from tests.command import jaxmods, losses
 
 
 @pytest.mark.slow
 def test_from_the_base_to_an_answer(tmp_path: Path) -> None:
     base, hub, run = tmp_path / "base", tmp_path / "base_hf", tmp_path / "run"
     settings = ("--set", "logging.every=10")
-    command(
+    jaxmods(
         "fit", "iaa/tiny_base", "--no-report", "--workdir", str(base), *settings, "steps=160",
         "optim.warmup_steps=20",
     )  # fmt: skip
@@ -47,10 +26,10 @@ def test_from_the_base_to_an_answer(tmp_path: Path) -> None:
     # ln 768 = 6.6 before the first step; the recipe with its longer warm-up has 1.16 at step 150.
     assert found[0] > 4.0
     assert found[-1] < 1.2
-    command("export", "iaa/tiny_base", "--from", str(base), "--to", str(hub))
+    jaxmods("export", "iaa/tiny_base", "--from", str(base), "--to", str(hub))
 
     few = [f"evaluation.protocols.{n}.limit=8" for n in range(4)]
-    command(
+    jaxmods(
         "fit", "iaa/tiny", "--no-report", "--workdir", str(run), *settings, f"weights={hub}",
         "steps=40", "optim.warmup_steps=10", "evaluation.every=0", *few,
     )  # fmt: skip
@@ -59,7 +38,7 @@ def test_from_the_base_to_an_answer(tmp_path: Path) -> None:
     results = json.loads((run / "eval" / "40.json").read_text())["results"]
     assert len(results) == 4
 
-    command("export", "iaa/tiny", "--from", str(run), "--to", str(tmp_path / "out"))
+    jaxmods("export", "iaa/tiny", "--from", str(run), "--to", str(tmp_path / "out"))
     with open_weights(hub) as before, open_weights(tmp_path / "out") as after:
         assert set(before.tensors) < set(after.tensors)
         for key, tensor in before.tensors.items():
@@ -68,7 +47,7 @@ def test_from_the_base_to_an_answer(tmp_path: Path) -> None:
     photo = tmp_path / "photo.png"
     Image.fromarray(SceneDialogues()[0].images[0]).save(photo)
     said = tmp_path / "said"
-    command(
+    jaxmods(
         "sample", "iaa/tiny", "--workdir", str(run), "--out", str(said), "--image", str(photo),
         "--prompt", "How many objects are there?",
     )  # fmt: skip

@@ -125,6 +125,7 @@ def assert_same(found: Any, expected: Any) -> None:
         jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(wanted_grads), strict=True
     ):
         scale = np.abs(b).max()
+        # float32 sums in another order; the second term is for gradients that are zero by theory.
         np.testing.assert_allclose(
             a, b, atol=2e-5 * scale + 1e-7 * largest, rtol=0, err_msg=jax.tree_util.keystr(path)
         )
