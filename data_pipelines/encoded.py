@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ import ml_dtypes
 import msgpack
 import numpy as np
 
-from data_pipelines.batch import DataError, HostBatch, Pipeline
+from data_pipelines.batch import DataError
 from data_pipelines.records import BadRecordError
-from data_pipelines.sampling import Made, Reading, Recipe, Tolerance, host_batches
+from data_pipelines.sampling import Made, Recipe, RecordPipeline
 from data_pipelines.sources.array_record import ABOUT, SUFFIX
 from data_pipelines.sources.base import (
     Mixture,
@@ -120,38 +120,19 @@ class Encoded(Source[EncodedRecord]):
 
 
 @dataclasses.dataclass(frozen=True)
-class EncodedPipeline(Pipeline):
+class EncodedPipeline(RecordPipeline):
     """Batches of encoded examples, shuffled.
 
     Attributes:
       source: the examples, or several sources with weights.
-      tolerance: how many unusable records a run accepts. reading: threads and worker processes.
+      tolerance, reading: see `RecordPipeline`.
     """
 
     source: Encoded | Mixture
-    tolerance: Tolerance = dataclasses.field(default_factory=Tolerance)
-    reading: Reading = dataclasses.field(default_factory=Reading)
 
-    def batches(
-        self,
-        *,
-        global_batch: int,
-        seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
-        start_step: int = 0,
-    ) -> Iterator[HostBatch]:
-        """See `Pipeline.batches`."""
-        return host_batches(
-            Recipe(sources_of(self.source), weights_of(self.source), _make, _collate),
-            global_batch=global_batch,
-            seed=seed,
-            process_index=process_index,
-            process_count=process_count,
-            start_step=start_step,
-            reading=self.reading,
-            tolerance=self.tolerance,
-        )
+    def recipe(self) -> Recipe[Any]:
+        """See `RecordPipeline.recipe`."""
+        return Recipe(sources_of(self.source), weights_of(self.source), _make, _collate)
 
     def fingerprint(self) -> str:
         sources = [source.fingerprint() for source in sources_of(self.source)]

@@ -11,13 +11,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from data_pipelines.batch import HostBatch, Pipeline
 from data_pipelines.boxes import Box
 from data_pipelines.collate import Choices, Example, Layout, collate, encode_example
 from data_pipelines.images import (
@@ -28,7 +27,7 @@ from data_pipelines.images import (
     resize_square,
 )
 from data_pipelines.records import ImageTextRecord
-from data_pipelines.sampling import Made, Reading, Recipe, Tolerance, host_batches
+from data_pipelines.sampling import Made, Recipe, RecordPipeline
 from data_pipelines.sources.base import (
     Mixture,
     Source,
@@ -68,7 +67,7 @@ class RandomCrop:
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageTextPipeline(Pipeline):
+class ImageTextPipeline(RecordPipeline):
     """Training data of captioned pictures with regions.
 
     Attributes:
@@ -111,8 +110,6 @@ class ImageTextPipeline(Pipeline):
     augment: RandomCrop | None = None
     fast_jpeg: bool = False
     limits: Limits = dataclasses.field(default_factory=Limits)
-    tolerance: Tolerance = dataclasses.field(default_factory=Tolerance)
-    reading: Reading = dataclasses.field(default_factory=Reading)
 
     def __post_init__(self) -> None:
         if self.resize == "shortest" and self.augment is not None:
@@ -145,33 +142,18 @@ class ImageTextPipeline(Pipeline):
         """The tokenizer, read at first use."""
         return load_tokenizer(self.tokenizer)
 
-    def batches(
-        self,
-        *,
-        global_batch: int,
-        seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
-        start_step: int = 0,
-    ) -> Iterator[HostBatch]:
-        """See `Pipeline.batches`. Pixels are uint8; the training step normalises them."""
-        local = global_batch // max(process_count, 1)
-        if self.hard_pack_slots and local % self.hard_pack_images:
-            raise ValueError(
-                f"batch of {global_batch} over {process_count} processes is {local} each: expected "
-                f"a multiple of hard_pack_images={self.hard_pack_images}"
-            )
+    def recipe(self) -> Recipe[Example]:
+        """See `RecordPipeline.recipe`. Pixels are uint8; the training step normalises them."""
         _ = self.text_tokenizer
-        return host_batches(
-            Recipe(self.sources, weights_of(self.source), self.make, self.collate),
-            global_batch=global_batch,
-            seed=seed,
-            process_index=process_index,
-            process_count=process_count,
-            start_step=start_step,
-            reading=self.reading,
-            tolerance=self.tolerance,
-        )
+        return Recipe(self.sources, weights_of(self.source), self.make, self.collate)
+
+    def check_rows(self, rows: int) -> None:
+        """Hard boxes are packed by groups of pictures."""
+        if self.hard_pack_slots and rows % self.hard_pack_images:
+            raise ValueError(
+                f"batches of {rows} for each process: expected a multiple of "
+                f"hard_pack_images={self.hard_pack_images}"
+            )
 
     def make(self, record: ImageTextRecord, rng: np.random.Generator) -> Made[Example]:
         """One record to one example. Raises BadRecordError."""

@@ -16,6 +16,7 @@ is the same for any number of processes.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import hashlib
@@ -27,7 +28,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from data_pipelines.batch import BatchInfo, DataError, HostBatch, Quarantined
+from data_pipelines.batch import BatchInfo, DataError, HostBatch, Pipeline, Quarantined
 from data_pipelines.records import BadRecordError
 from data_pipelines.sources.base import Source
 
@@ -151,43 +152,81 @@ def slot_generator(name: str, seed: int, slot: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=(stream_key(name, seed, 0), slot)))
 
 
-def host_batches(
-    recipe: Recipe[Any],
-    *,
-    global_batch: int,
-    seed: int,
-    process_index: int,
-    process_count: int,
-    start_step: int,
-    reading: Reading = Reading(),
-    tolerance: Tolerance = Tolerance(),
-) -> Iterator[HostBatch]:
-    """Endless batches of one process from `start_step` on; see the module's description.
+@dataclasses.dataclass(frozen=True)
+class RecordPipeline(Pipeline):
+    """A pipeline whose examples are made of records, one by one; see the module's description.
 
-    Raises:
-      ValueError: the batch cannot be split over the processes.
-      DataError: a source cannot be opened or is empty; while iterating, more bad records than
-        `tolerance` allows.
+    Attributes:
+      tolerance: how many unusable records a run accepts. reading: threads and worker processes.
     """
-    if global_batch % process_count or not 0 <= process_index < process_count:
-        raise ValueError(
-            f"batch of {global_batch} over {process_count} processes (this is {process_index}): "
-            "expected a batch size that is a multiple of the number of processes"
+
+    tolerance: Tolerance = dataclasses.field(default_factory=Tolerance, kw_only=True)
+    reading: Reading = dataclasses.field(default_factory=Reading, kw_only=True)
+
+    @abc.abstractmethod
+    def recipe(self) -> Recipe[Any]:
+        """What is read and what is made of it. Whatever else has to be opened (a tokenizer) is
+        opened here, so that its errors belong to the call of `batches`.
+
+        Raises:
+          DataError: the sources lack what is needed.
+        """
+
+    @property
+    def records(self) -> int:
+        """Records of a row of the batch."""
+        return 1
+
+    def check_rows(self, rows: int) -> None:
+        """Raise ValueError unless a process can make batches of so many rows."""
+
+    def batches(
+        self,
+        *,
+        global_batch: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        start_step: int = 0,
+    ) -> Iterator[HostBatch]:
+        """See `Pipeline.batches`. Of the info of a batch, `record_ids` has `records` ids per row.
+
+        Raises:
+          ValueError: the batch cannot be split over the processes, or fails `check_rows`.
+          DataError: a source cannot be opened or is empty; while iterating, more bad records than
+            `tolerance` allows.
+        """
+        if global_batch % process_count or not 0 <= process_index < process_count:
+            raise ValueError(
+                f"batch of {global_batch} rows over {process_count} processes (this is "
+                f"{process_index}): expected a batch size that is a multiple of the number of "
+                "processes"
+            )
+        rows = global_batch // process_count
+        self.check_rows(rows)
+        slots = _Slots(
+            self.recipe(),
+            seed,
+            self.records * global_batch,
+            process_index,
+            process_count,
+            start_step,
         )
-    slots = _Slots(recipe, seed, global_batch, process_index, process_count, start_step)
-    _ = slots.order  # open the sources now: errors belong to the call, not to the first batch
-    data = (
-        grain.MapDataset.source(slots)
-        .batch(global_batch // process_count, batch_fn=slots.batch)
-        .to_iter_dataset(
-            grain.ReadOptions(num_threads=reading.threads, prefetch_buffer_size=reading.prefetch)
+        _ = slots.order  # open the sources now: errors belong to the call, not to the first batch
+        options = grain.ReadOptions(
+            num_threads=self.reading.threads, prefetch_buffer_size=self.reading.prefetch
         )
-    )
-    if reading.workers:
-        if not flags.FLAGS.is_parsed():  # grain reads its flags, which only absl programs parse
-            flags.FLAGS.mark_as_parsed()
-        data = data.mp_prefetch(grain.MultiprocessingOptions(num_workers=reading.workers))
-    return _iterate(data, tolerance)
+        data = (
+            grain.MapDataset.source(slots)
+            .batch(self.records * rows, batch_fn=slots.batch)
+            .to_iter_dataset(options)
+        )
+        if self.reading.workers:
+            if not flags.FLAGS.is_parsed():  # grain reads its flags, which only absl programs parse
+                flags.FLAGS.mark_as_parsed()
+            workers = grain.MultiprocessingOptions(num_workers=self.reading.workers)
+            data = data.mp_prefetch(workers)
+        return _iterate(data, self.tolerance)
 
 
 def _iterate(data: grain.IterDataset, tolerance: Tolerance) -> Iterator[HostBatch]:

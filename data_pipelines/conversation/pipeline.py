@@ -24,12 +24,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from data_pipelines.batch import HostBatch, Pipeline
 from data_pipelines.conversation.pictures import Framing, prepare
 from data_pipelines.conversation.records import ConversationRecord, check_conversation
 from data_pipelines.conversation.splice import IGNORE, IMAGE, Spliced, splice
@@ -37,7 +36,7 @@ from data_pipelines.conversation.templates import Llama3, Template
 from data_pipelines.conversation.tokenizer import ChatTokenizer, load_chat_tokenizer
 from data_pipelines.image_text import clip_processor_config
 from data_pipelines.records import BadRecordError
-from data_pipelines.sampling import Made, Reading, Recipe, Tolerance, host_batches
+from data_pipelines.sampling import Made, Recipe, RecordPipeline
 from data_pipelines.sources.base import (
     Mixture,
     Source,
@@ -85,7 +84,7 @@ def shares(lengths: Sequence[int], total: int) -> tuple[int, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class ConversationPipeline(Pipeline):
+class ConversationPipeline(RecordPipeline):
     """Training data of conversations.
 
     Attributes:
@@ -101,7 +100,7 @@ class ConversationPipeline(Pipeline):
       learn: "answers", or "all" tokens that are not pictures, as in pre-training.
       max_chars: longest message in characters.
       blind: every picture is replaced by grey, for a model that has the texts only.
-      tolerance: how many unusable records a run accepts. reading: threads and worker processes.
+      tolerance, reading: see `RecordPipeline`.
     """
 
     source: Source[ConversationRecord] | Mixture
@@ -115,8 +114,6 @@ class ConversationPipeline(Pipeline):
     learn: Literal["answers", "all"] = "answers"
     max_chars: int = 100_000
     blind: bool = False
-    tolerance: Tolerance = dataclasses.field(default_factory=Tolerance)
-    reading: Reading = dataclasses.field(default_factory=Reading)
 
     def __post_init__(self) -> None:
         if not 1 <= self.records <= self.max_tokens:
@@ -152,31 +149,10 @@ class ConversationPipeline(Pipeline):
         tokenizer.require(self.template.special)
         return tokenizer
 
-    def batches(
-        self,
-        *,
-        global_batch: int,
-        seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
-        start_step: int = 0,
-    ) -> Iterator[HostBatch]:
-        """See `Pipeline.batches`. Of the info of a batch, `record_ids` has `pack` ids per row."""
+    def recipe(self) -> Recipe[Example]:
+        """See `RecordPipeline.recipe`."""
         _ = self.text_tokenizer
-        if global_batch % process_count:  # a row's records belong to one process
-            raise ValueError(
-                f"batch of {global_batch} rows over {process_count} processes: expected a multiple"
-            )
-        return host_batches(
-            Recipe(self.sources, weights_of(self.source), self.make, self.collate),
-            global_batch=self.records * global_batch,
-            seed=seed,
-            process_index=process_index,
-            process_count=process_count,
-            start_step=start_step,
-            reading=self.reading,
-            tolerance=self.tolerance,
-        )
+        return Recipe(self.sources, weights_of(self.source), self.make, self.collate)
 
     def make(self, record: ConversationRecord, rng: np.random.Generator) -> Made[Example]:
         """One record to one example. Raises BadRecordError."""

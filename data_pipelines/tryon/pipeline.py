@@ -52,17 +52,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from data_pipelines.batch import DataError, HostBatch, Pipeline
+from data_pipelines.batch import DataError
 from data_pipelines.encoded import Encoded, EncodedRecord
 from data_pipelines.encoding import Encodable, Piece, Pieces, source_folder
 from data_pipelines.images import ImageLimits
 from data_pipelines.records import BadRecordError, ImageLike, TryOnRecord
-from data_pipelines.sampling import Made, Reading, Recipe, Tolerance, host_batches
+from data_pipelines.sampling import Made, Recipe, RecordPipeline
 from data_pipelines.sources.base import (
     Mixture,
     Source,
@@ -85,7 +85,7 @@ Arrays = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class TryOnPipeline(Encodable, Pipeline):
+class TryOnPipeline(Encodable, RecordPipeline):
     """Training data for virtual try-on; the module's description says what a batch is.
 
     Attributes:
@@ -104,7 +104,7 @@ class TryOnPipeline(Encodable, Pipeline):
         not opened. "" reads pictures.
       encoded_digest: of the encoder that must have made them (`encoder_digest`); "" for any.
       checks: what a usable record is. image_limits: what a usable picture is.
-      tolerance: how many unusable records a run accepts. reading: threads and worker processes.
+      tolerance, reading: see `RecordPipeline`.
     """
 
     source: TryOnSource | Mixture
@@ -124,8 +124,6 @@ class TryOnPipeline(Encodable, Pipeline):
     encoded_digest: str = ""
     checks: TryOnLimits = dataclasses.field(default_factory=TryOnLimits)
     image_limits: ImageLimits = dataclasses.field(default_factory=ImageLimits)
-    tolerance: Tolerance = dataclasses.field(default_factory=Tolerance)
-    reading: Reading = dataclasses.field(default_factory=Reading)
 
     def __post_init__(self) -> None:
         if len(self.sources) != len(sources_of(self.source)):
@@ -161,16 +159,8 @@ class TryOnPipeline(Encodable, Pipeline):
         """Optional conditions that batches have arrays for, in the order of their labels."""
         return tuple(n for n in OPTIONAL if getattr(self.probabilities, n) > 0)
 
-    def batches(
-        self,
-        *,
-        global_batch: int,
-        seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
-        start_step: int = 0,
-    ) -> Iterator[HostBatch]:
-        """See `Pipeline.batches` and the module's description.
+    def recipe(self) -> Recipe[Any]:
+        """See `RecordPipeline.recipe` and the module's description.
 
         Raises:
           DataError: also when a source has none of the pictures that a probability asks for.
@@ -178,16 +168,7 @@ class TryOnPipeline(Encodable, Pipeline):
         self.check_sources()
         sources = self.encoded_sources if self.encoded else self.sources
         make = self.make_encoded if self.encoded else self.make
-        return host_batches(
-            Recipe(sources, weights_of(self.source), make, self.collate, step_stream=True),
-            global_batch=global_batch,
-            seed=seed,
-            process_index=process_index,
-            process_count=process_count,
-            start_step=start_step,
-            reading=self.reading,
-            tolerance=self.tolerance,
-        )
+        return Recipe(sources, weights_of(self.source), make, self.collate, step_stream=True)
 
     def check_sources(self) -> None:
         """Raise DataError when a source lacks what training needs, naming where it was looked for
