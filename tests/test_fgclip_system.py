@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxmods import partitioning
+from jaxmods.nn.positions import sincos_grid
 from jaxmods.systems.fgclip import BASE, LARGE, Execution, FgClip
 from jaxmods.systems.fgclip.objective import hard_negative_loss, normalise
 from jaxmods.systems.fgclip.weights import ADDED, LONG_PROJECTION
@@ -156,6 +157,31 @@ def test_half_precision_step(params: Any, step: tuple[Any, Any]) -> None:
     np.testing.assert_allclose(out.loss, step[0].loss, rtol=0.05)
     assert all(g.dtype == jnp.bfloat16 for g in jax.tree.leaves(grads))
     assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in jax.tree.leaves(grads))
+
+
+def test_places_of_a_picture_start_apart() -> None:
+    """ "sincos" moves the table of places and nothing else, by vectors from which row and column
+    can be read off linearly."""
+    drawn = partitioning.unbox(TINY.init(jax.random.key(3)))
+    apart = partitioning.unbox(
+        dataclasses.replace(TINY, position_start="sincos").init(jax.random.key(3))
+    )
+    changed = jax.tree_util.tree_leaves_with_path(
+        jax.tree.map(lambda a, b: np.asarray(a - b), apart, drawn)
+    )
+    moved = {jax.tree_util.keystr(path): leaf for path, leaf in changed if leaf.any()}
+    ((name, leaf),) = moved.items()
+    assert name == "['vision_tower']['position_embedding']"
+    assert not leaf[0].any()  # the class token
+    np.testing.assert_allclose(leaf[1:].mean(axis=0), 0, atol=1e-7)
+
+    side, width = 8, 96
+    table = np.concatenate([sincos_grid(side, width), np.ones((side**2, 1))], axis=1)
+    places = np.stack(np.divmod(np.arange(side**2), side), axis=1)
+    found, *_ = np.linalg.lstsq(table, places, rcond=None)
+    np.testing.assert_allclose(table @ found, places, atol=0.01)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        sincos_grid(side, 90)
 
 
 def test_labels(params: Any) -> None:

@@ -49,6 +49,35 @@ def resize_grid(grid: jax.Array, size: tuple[int, int]) -> jax.Array:
     )
 
 
+def sincos_grid(side: int, width: int, max_period: float = 100.0) -> np.ndarray:
+    """Sines and cosines of row and column of each place of a square, a table that a transformer
+    can tell places apart by from its first step (He et al. 2022, arXiv 2111.06377, appendix A.1).
+
+    The first half of a vector tells the row, the second the column, each as sines and then cosines
+    at K = width / 4 frequencies max_period^(-k / K). The mean over the places is taken out: what a
+    table adds to every place alike tells nothing.
+
+    Args:
+      side: places per side. width: a multiple of 4.
+
+    Returns:
+      float32 [side * side, width], row by row.
+
+    Raises:
+      ValueError: another width.
+    """
+    if width % 4:
+        raise ValueError(f"sincos_grid: expected a width that is a multiple of 4, found {width}")
+    count = width // 4
+    angles = np.arange(side)[:, None] / max_period ** (np.arange(count) / count)
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    shape = (side, side, width // 2)
+    table = np.concatenate(
+        [np.broadcast_to(axis[:, None], shape), np.broadcast_to(axis[None], shape)], axis=-1
+    ).reshape(side * side, width)
+    return (table - table.mean(axis=0)).astype(np.float32)
+
+
 def sinusoid(values: jax.Array, width: int, max_period: float = 10000.0) -> jax.Array:
     """Cosines and sines of `values` at falling frequencies, cosines first (Ho et al. 2020, arXiv
     2006.11239; diffusers' `Timesteps(flip_sin_to_cos=True, downscale_freq_shift=0)`).

@@ -112,7 +112,7 @@ def test_text_is_the_base_to_the_bit() -> None:
     ids = jnp.asarray(prompt()["ids"])
     before = jax.jit(base.apply)({"params": tree["base"]}, ids)
     labels = SYSTEM.labels(tree)
-    chosen = jax.tree.map(lambda label: label == "train", labels)
+    chosen = jax.tree.map(lambda label: label != "frozen", labels)
     adam = optax.masked(optax.sgd(0.1), chosen)
 
     @jax.jit
@@ -147,7 +147,7 @@ def test_what_trains_in_each_stage() -> None:
     def trained(system: Iaa) -> set[str]:
         tree = unbox(jax.eval_shape(system.init, jax.random.key(0)))
         labels = jax.tree_util.tree_leaves_with_path(system.labels(tree))
-        return {"/".join(k.key for k in path[:2]) for path, label in labels if label == "train"}
+        return {"/".join(k.key for k in path[:2]) for path, label in labels if label != "frozen"}
 
     parts = {"projector", "embedding", "layers", "final_norm", "unembedding"}
     assert trained(SYSTEM) == {f"MM/{part}" for part in parts}
@@ -159,9 +159,11 @@ def test_what_trains_in_each_stage() -> None:
     assert "vision_tower/patch_embedding" in trained(seeing)
     assert "vision_tower/post_norm" not in trained(seeing)
     tree = abstract(seeing)
-    for layer, label in ((-2, "frozen"), (-1, "train")):
+    for layer, label in ((-2, "frozen"), (-1, "vision")):
         labels = dataclasses.replace(seeing, select_layer=layer).labels(tree)
         assert set(jax.tree.leaves(labels["vision_tower"]["encoder"]["last"])) == {label}
+    of_projector = SYSTEM.labels(tree)["MM"]["projector"]  # a group of its own, as "vision"
+    assert set(jax.tree.leaves(of_projector)) == {"projector"}
 
 
 def test_cached_decoding_is_the_whole_pass() -> None:

@@ -175,7 +175,8 @@ class Iaa(System):
     def labels(self, params: Params) -> dict[str, Any]:
         """The named parts of the trained branch train; everything else is frozen, and so is what
         the features of the vision tower do not come from: its last norm, and its last block where
-        an earlier layer is selected."""
+        an earlier layer is selected. "projector" and "vision" are labels of their own, for
+        learning rates of their own (`GroupOptim`); all others are "train"."""
 
         last = self.vision is not None and self.select_layer in (-1, self.vision.layers)
 
@@ -194,7 +195,9 @@ class Iaa(System):
                 part = _PART_OF[path[1].key]
             else:
                 return FROZEN
-            return TRAIN if part in self.trains else FROZEN
+            if part not in self.trains:
+                return FROZEN
+            return part if part in ("projector", "vision") else TRAIN
 
         return jax.tree_util.tree_map_with_path(label, params)
 
