@@ -18,12 +18,11 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxmods.backbones.clip import VisionConfig, VisionTower
+from jaxmods.backbones.clip import VisionConfig
 from jaxmods.backbones.llama import LLAMA3_8B, Llama, LlamaConfig
 from jaxmods.generation import Limits, generate
 from jaxmods.nn.kv_cache import KV, Decoding
 from jaxmods.nn.stack import Execution
-from jaxmods.partitioning import unbox
 from jaxmods.system import FROZEN, TRAIN, ArraySpec, Batch, LossOutput, Params, State, System
 from jaxmods.systems.iaa.layers import plan
 from jaxmods.systems.iaa.model import (
@@ -32,12 +31,12 @@ from jaxmods.systems.iaa.model import (
     IAA_14,
     Branch,
     IaaModel,
-    Projector,
     Workflow,
     projector_depth,
 )
 from jaxmods.systems.iaa.objective import answer_loss
-from jaxmods.systems.iaa.weights import NAMES, iaa_map
+from jaxmods.systems.iaa.start import complete
+from jaxmods.systems.iaa.weights import iaa_map
 from jaxmods.weights import WeightMap
 
 Part = Literal["projector", "insertion", "embedding", "norm", "head", "vision", "base"]
@@ -437,66 +436,9 @@ class Iaa(System):
         return iaa_map(self.llama, layers, self.branches, self.projector)
 
     def complete_import(self, params: Params, missing: frozenset[str]) -> Params:
-        """Fills what a base (or a model of one branch) lacks.
-
-        A missing grounding branch is a copy of the general one where that is there. Otherwise a
-        branch starts from the base: its embedding, norm and head as copies, inserted layer k as a
-        copy of base layer I[k] (ASSUMPTION: the paper's figure says so for embedding and head; the
-        released code only names a number of copied layers). Projectors are drawn. A missing vision
-        tower is drawn only where it trains.
-
-        Raises:
-          ValueError: a branch that is there in parts, or a missing tower that does not train.
-        """
-        params = dict(params)
+        """Fills what a base (or a model of one branch) lacks, see `start.complete`."""
         bound = {k: b.paths[0] for b in self.weights().bind(params) for k, _ in b.tensors()}
-        lost: dict[str, set[str]] = {}
-        for key in missing:
-            lost.setdefault(bound[key].split("/")[0], set()).add(key)
-        for top, keys in lost.items():
-            whole = {k for k, path in bound.items() if path.split("/")[0] == top}
-            if keys != whole:
-                raise ValueError(
-                    f"{top}: {len(keys)} of its {len(whole)} tensors are missing, as "
-                    f"{sorted(keys)[0]}; expected all of them or none"
-                )
-        if "vision_tower" in lost and self.vision is not None:
-            if "vision" not in self.trains:
-                raise ValueError(
-                    "the vision tower is missing and does not train; expected its tensors "
-                    "(model.vision_tower.vision_tower.vision_model...); put a Llama and a CLIP "
-                    "into one folder with python -m jaxmods.systems.iaa.assemble"
-                )
-            params["vision_tower"] = self._drawn_tower(self.vision)
-        chosen = jnp.asarray([min(i, self.llama.layers - 1) for i in self.insert_after])
-        for branch in sorted((b for b in lost if b in NAMES), reverse=True):  # MM before G
-            if branch == "G" and "MM" in params:
-                params["G"] = params["MM"]
-                continue
-            base = params["base"]
-            projector = self._drawn_projector(branch)
-            params[branch] = {
-                **({"projector": projector} if projector else {}),
-                "embedding": base["embedding"],
-                "layers": jax.tree.map(lambda leaf: leaf[chosen], base["layers"]),
-                "final_norm": base["final_norm"],
-                "unembedding": base["embedding"].T if self.llama.tied else base["unembedding"],
-            }
-        return params
-
-    def _drawn_tower(self, vision: VisionConfig) -> Params:
-        def every(tower: VisionTower, image: jax.Array) -> jax.Array:
-            return tower.pooled(tower.trunk(image))
-
-        image = jnp.zeros((1, vision.image_size, vision.image_size, 3))
-        drawn = VisionTower(vision).init(jax.random.key(self.seed), image, method=every)
-        return unbox(drawn["params"])
-
-    def _drawn_projector(self, branch: Branch) -> Params:
-        assert self.vision is not None
-        key = jax.random.fold_in(jax.random.key(self.seed), BRANCHES.index(branch))
-        module = Projector(self.projector, self.llama.width, self.llama.initializer_range)
-        return unbox(module.init(key, jnp.zeros((1, self.vision.width))).get("params", {}))
+        return complete(self, params, missing, bound)
 
     def hub_config(self) -> dict[str, Any]:
         """The `config.json` of the official class, or of LlamaForCausalLM without branches."""
