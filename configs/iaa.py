@@ -180,8 +180,8 @@ def tiny() -> Experiment:
             b2=0.98,
             clip_norm=1.0,
             # At the common rate image tokens outgrow the words a thousandfold (their scale has no
-            # gradient through a norm, only Adam's steps), and what the tower knows is lost before
-            # anything listens to it: some runs then learn nothing from pictures.
+            # gradient through a norm, only Adam's steps), and what the tower knows may be lost
+            # before anything listens to it: then nothing is learnt from pictures.
             groups=(GroupOptim("projector", lr=2e-4), GroupOptim("vision", lr=1e-4)),
         ),
         checkpoint=Checkpointing(every=1000, keep=1),
