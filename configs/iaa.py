@@ -179,9 +179,9 @@ def tiny() -> Experiment:
             warmup_steps=100,
             b2=0.98,
             clip_norm=1.0,
-            # At the common rate image tokens outgrow the words a thousandfold (their scale has no
-            # gradient through a norm, only Adam's steps), and what the tower knows may be lost
-            # before anything listens to it: then nothing is learnt from pictures.
+            # With 2e-3 for all, image tokens outgrew the words a thousandfold (their scale has no
+            # gradient through a norm, only Adam's steps) and pictures were ignored; with 1e-3 for
+            # all it depended on the batch: of 16 they were learnt from, of 8 not.
             groups=(GroupOptim("projector", lr=2e-4), GroupOptim("vision", lr=1e-4)),
         ),
         checkpoint=Checkpointing(every=1000, keep=1),

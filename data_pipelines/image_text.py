@@ -147,12 +147,13 @@ class ImageTextPipeline(RecordPipeline):
         _ = self.text_tokenizer
         return Recipe(self.sources, weights_of(self.source), self.make, self.collate)
 
-    def check_rows(self, rows: int) -> None:
+    def check_batch(self, global_batch: int, process_count: int) -> None:
         """Hard boxes are packed by groups of pictures."""
-        if self.hard_pack_slots and rows % self.hard_pack_images:
+        local = global_batch // process_count
+        if self.hard_pack_slots and local % self.hard_pack_images:
             raise ValueError(
-                f"batches of {rows} for each process: expected a multiple of "
-                f"hard_pack_images={self.hard_pack_images}"
+                f"batch of {global_batch} over {process_count} processes is {local} each: expected "
+                f"a multiple of hard_pack_images={self.hard_pack_images}"
             )
 
     def make(self, record: ImageTextRecord, rng: np.random.Generator) -> Made[Example]:

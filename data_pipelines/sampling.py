@@ -177,8 +177,8 @@ class RecordPipeline(Pipeline):
         """Records of a row of the batch."""
         return 1
 
-    def check_rows(self, rows: int) -> None:
-        """Raise ValueError unless a process can make batches of so many rows."""
+    def check_batch(self, global_batch: int, process_count: int) -> None:
+        """Raise ValueError unless each process can make its share of the rows, which is whole."""
 
     def batches(
         self,
@@ -192,7 +192,7 @@ class RecordPipeline(Pipeline):
         """See `Pipeline.batches`. Of the info of a batch, `record_ids` has `records` ids per row.
 
         Raises:
-          ValueError: the batch cannot be split over the processes, or fails `check_rows`.
+          ValueError: the batch cannot be split over the processes, or fails `check_batch`.
           DataError: a source cannot be opened or is empty; while iterating, more bad records than
             `tolerance` allows.
         """
@@ -202,8 +202,7 @@ class RecordPipeline(Pipeline):
                 f"{process_index}): expected a batch size that is a multiple of the number of "
                 "processes"
             )
-        rows = global_batch // process_count
-        self.check_rows(rows)
+        self.check_batch(global_batch, process_count)
         slots = _Slots(
             self.recipe(),
             seed,
@@ -218,7 +217,7 @@ class RecordPipeline(Pipeline):
         )
         data = (
             grain.MapDataset.source(slots)
-            .batch(self.records * rows, batch_fn=slots.batch)
+            .batch(self.records * global_batch // process_count, batch_fn=slots.batch)
             .to_iter_dataset(options)
         )
         if self.reading.workers:

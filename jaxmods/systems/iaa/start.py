@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import jax
@@ -18,9 +17,7 @@ if TYPE_CHECKING:
     from jaxmods.systems.iaa.system import Iaa
 
 
-def complete(
-    system: Iaa, params: Params, missing: frozenset[str], paths: Mapping[str, str]
-) -> Params:
+def complete(system: Iaa, params: Params, missing: frozenset[str]) -> Params:
     """Fills what a base (or a model of one branch) lacks.
 
     A missing grounding branch is a copy of the general one where that is there. Otherwise a branch
@@ -31,12 +28,12 @@ def complete(
 
     Args:
       params: as imported. missing: keys of the published files that were not there.
-      paths: path of a parameter by key, for all keys.
 
     Raises:
       ValueError: a branch that is there in parts, or a missing tower that does not train.
     """
     params = dict(params)
+    paths = {k: b.paths[0] for b in system.weights().bind(params) for k, _ in b.tensors()}
     lost: dict[str, set[str]] = {}
     for key in missing:
         lost.setdefault(paths[key].split("/")[0], set()).add(key)

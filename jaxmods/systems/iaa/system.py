@@ -437,8 +437,7 @@ class Iaa(System):
 
     def complete_import(self, params: Params, missing: frozenset[str]) -> Params:
         """Fills what a base (or a model of one branch) lacks, see `start.complete`."""
-        bound = {k: b.paths[0] for b in self.weights().bind(params) for k, _ in b.tensors()}
-        return complete(self, params, missing, bound)
+        return complete(self, params, missing)
 
     def hub_config(self) -> dict[str, Any]:
         """The `config.json` of the official class, or of LlamaForCausalLM without branches."""
