@@ -64,12 +64,13 @@ def pipeline(
 
 def reading(system: Iaa, *, tokenizer: str, template: Template, blind: bool = False) -> ChatReading:
     """How protocols ask the functions of `system`."""
+    pictures = system.branch != "Text"
     return ChatReading(
         tokenizer=tokenizer,
         template=template,
         framing=_framing(system),
-        image_tokens=system.image_tokens,
-        max_images=system.max_images,
+        image_tokens=system.image_tokens if pictures else 0,
+        max_images=system.max_images if pictures else 0,
         prompt_tokens=system.prompt_tokens,
         blind=blind,
     )
@@ -132,6 +133,8 @@ TINY = dataclasses.replace(
 
 def tiny_base() -> Experiment:
     """A language model of the scene world without eyes: captions, and questions about them."""
+    told = SceneDialogues(start=HELD_OUT, count=768, told=True, objects=FEW)
+    read = reading(TINY_BASE, tokenizer="scene", template=SHORT)
     return Experiment(
         system=TINY_BASE,
         data=pipeline(
@@ -146,6 +149,9 @@ def tiny_base() -> Experiment:
         steps=1200,
         optim=Optim(lr=2e-3, warmup_steps=100, b2=0.98, clip_norm=1.0),
         checkpoint=Checkpointing(every=1000, keep=1),
+        evaluation=Evaluation(
+            protocols=(Questions(told, read, function="sample_text", label="told"),)
+        ),
         logging=Logging(every=50),
         notes="Exported, it is half of the start of iaa/tiny; LlamaForCausalLM loads it.",
     )

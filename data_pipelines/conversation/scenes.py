@@ -125,8 +125,9 @@ class SceneDialogues(Source[ConversationRecord]):
         return self.count
 
     def __getitem__(self, index: int) -> ConversationRecord:
-        """Record `index`; its `extra` holds "task", "kind", and for "ground" also "box" (pixels),
-        "width" and "height".
+        """Record `index`; its `extra` holds "task", "kind", for "ground" also "box" (pixels),
+        "width" and "height", and for "colour", "texture" and "size" also "seen": the answers that
+        are true of one object or another.
 
         Raises:
           BadRecordError: no_question, a scene about which nothing of these kinds can be asked.
@@ -281,14 +282,15 @@ def _question(scene: Scene, kind: Kind, draws: Draws) -> _Found | None:
     name = _named(scene, thing, kind)
     if name is None:
         return None
+    seen = {"seen": tuple(sorted({_word(kind, getattr(o, kind)) for o in scene.objects}))}
     if kind == "colour":
-        return f"What colour is the {name}?", _word("colour", thing.colour), {}
+        return f"What colour is the {name}?", _word("colour", thing.colour), seen
     if kind == "texture":
         # Every third surface is plain: the others are as frequent only if some of these are left.
         if thing.texture == "plain" and not draws.chance(0.14 / 0.3):
             return None
-        return f"What is the surface of the {name} like?", _word("texture", thing.texture), {}
-    return f"Is the {name} small or large?", _word("size", thing.size), {}
+        return f"What is the surface of the {name} like?", _word("texture", thing.texture), seen
+    return f"Is the {name} small or large?", _word("size", thing.size), seen
 
 
 def _exists(scene: Scene, thing: SceneObject, draws: Draws) -> _Found | None:

@@ -4,6 +4,10 @@ A model is used through one function that generates:
 
     sample_<b>(image uint8 [n, M, S, S, 3], ids int32 [n, P], slot int32 [n, P], length int32 [n])
         -> int32 [n, tokens]
+
+or, for a language model without eyes, where `max_images` is 0:
+
+    sample_text(ids int32 [n, P], length int32 [n]) -> int32 [n, tokens]
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ class ChatReading:
       tokenizer: a folder with `tokenizer.json`, or "scene".
       template: chat format.
       framing: of pictures.
-      image_tokens: N. max_images: M.
+      image_tokens: N. max_images: M; 0 for a model of text alone.
       prompt_tokens: tokens of a prompt before splicing; a longer one is left out and counted.
       batch_size: prompts per call. workers: threads that decode pictures.
       blind: show grey instead of the picture: what can be answered without looking.
@@ -137,7 +141,7 @@ def answers(
 
 
 def row_of(record: ConversationRecord, reading: ChatReading) -> list[np.ndarray]:
-    """image, ids, slot and length of one prompt.
+    """image, ids, slot and length of one prompt; ids and length where there are no pictures.
 
     Raises:
       BadRecordError: pictures and placeholders that do not fit (image_count, too_many_images), a
@@ -158,7 +162,8 @@ def row_of(record: ConversationRecord, reading: ChatReading) -> list[np.ndarray]
         row = splice(encoded.ids, None, reading.image_tokens, reading.positions, what="prompt")
     except ValueError as error:
         raise BadRecordError("prompt_too_long", str(error)) from error
-    return [image, row.ids, row.slot, np.asarray(row.length, np.int32)]
+    length = np.asarray(row.length, np.int32)
+    return [image, row.ids, row.slot, length] if reading.max_images else [row.ids, length]
 
 
 def read_answer(

@@ -22,7 +22,11 @@ class Questions(Protocol):
     "chance" of a kind is the share of its most frequent answer in the same set.
 
     Attributes:
-      source: records whose last turn is the answer; `extra["kind"]` groups them.
+      source: records whose last turn is the answer; `extra["kind"]` groups them. Where
+        `extra["seen"]` holds every answer that is true of something in the picture, "seen/<kind>"
+        is the share of answers among them (chance: of the best single answer), and the settings
+        have what guessing among them would give: the accuracy of a model that sees what is there,
+        but not which thing has it.
       reading: how they are asked.
       function: the model's function that answers.
       label: first part of the protocol's name.
@@ -48,6 +52,7 @@ class Questions(Protocol):
         need(functions, self.requires(), self.name)
         right: dict[str, list[bool]] = defaultdict(list)
         truths: dict[str, Counter[str]] = defaultdict(Counter)
+        seen: dict[str, list[tuple[str, frozenset[str]]]] = defaultdict(list)
         shown: list[Answered] = []
         for found in answers(
             functions, self.function, self.source, self.reading, census, self.name, self.limit
@@ -56,6 +61,8 @@ class Questions(Protocol):
             kind = str(found.record.extra.get("kind", "question"))
             right[kind].append(_plain(found.answer) == _plain(truth))
             truths[kind][_plain(truth)] += 1
+            if there := found.record.extra.get("seen"):
+                seen[kind].append((_plain(found.answer), frozenset(map(_plain, there))))
             if panels and len(shown) < self.examples:
                 shown.append(found)
         asked = sum(map(len, right.values()))
@@ -69,6 +76,12 @@ class Questions(Protocol):
         }
         for kind in sorted(right) if len(right) > 1 else ():
             metrics[f"accuracy/{kind}"] = Metric(sum(right[kind]) / len(right[kind]), chance[kind])
+        for kind, pairs in sorted(seen.items()):
+            single = Counter(value for _, there in pairs for value in there)
+            metrics[f"seen/{kind}"] = Metric(
+                sum(answer in there for answer, there in pairs) / len(pairs),
+                max(single.values()) / len(pairs),
+            )
         pictures = (self._panel(shown),) if shown else ()
         return EvalResult(
             self.name,
@@ -77,6 +90,10 @@ class Questions(Protocol):
                 **settings(self.source, self.reading, self.limit),
                 "right": "equal to the recorded answer without case and final full stop",
                 "chance": "the most frequent answer of each kind of question",
+                "guessing among what is seen": {
+                    kind: sum(1 / len(there) for _, there in pairs) / len(pairs)
+                    for kind, pairs in sorted(seen.items())
+                },
             },
             asked,
             time.perf_counter() - start,

@@ -145,6 +145,47 @@ def test_questions_protocol() -> None:
         protocol.run({})
 
 
+def test_questions_tell_seeing_from_binding() -> None:
+    """A model that names some colour of the picture is right as often as guessing among them."""
+    source = SceneDialogues(count=60, kinds=("colour",), objects=(2, 3))
+    others = {}
+    for record in (source[i] for i in range(60)):
+        truth, seen = record.turns[-1].text, record.extra["seen"]
+        assert truth in seen
+        # The truth for every second record, and the first colour of the picture for the rest.
+        answer = truth if len(others) % 2 else seen[0]
+        others[key(row_of(record, READING))] = f"{answer.capitalize()}."
+    result = Questions(source, READING).run({"sample_mm": oracle(others)})
+    assert result.metrics["seen/colour"].value == 1
+    assert 0.5 <= result.metrics["accuracy"].value < 1
+    sizes = [len(source[i].extra["seen"]) for i in range(60)]
+    assert set(sizes) <= {1, 2, 3}
+    guessed = result.settings["guessing among what is seen"]
+    # A mean of 60 numbers below one, summed in the same order.
+    np.testing.assert_allclose(guessed["colour"], np.mean([1 / n for n in sizes]), rtol=1e-12)
+    nothing = Questions(source, READING).run({"sample_mm": oracle({})})
+    assert nothing.metrics["seen/colour"].value == 0
+
+
+def test_questions_of_a_model_without_eyes() -> None:
+    source = SceneDialogues(count=6, told=True)
+    reading = dataclasses.replace(READING, image_tokens=0, max_images=0, prompt_tokens=200)
+    tokenizer = reading.text_tokenizer
+    asked = []
+
+    def sample_text(ids: np.ndarray, length: np.ndarray) -> np.ndarray:
+        asked.append(
+            [tokenizer.decode(row[:n].tolist()) for row, n in zip(ids, length, strict=True)]
+        )
+        right = [tokenizer.tokens(source[i].turns[-1].text + "<|eot_id|>") for i in range(len(ids))]
+        return np.array([(*answer, *[0] * (20 - len(answer))) for answer in right])
+
+    protocol = Questions(source, reading, function="sample_text", label="told")
+    assert protocol.run({"sample_text": sample_text}).metrics["accuracy"].value == 1
+    for record, text in zip(source, asked[0], strict=False):
+        assert record.turns[0].text in text
+
+
 def write_rec(folder: Path) -> RefCoco:
     Image.fromarray(np.zeros((60, 40, 3), np.uint8)).save(folder / "a.png")
     row = {"img_path": "a.png", "expression": "the lady", "sent_id": 5, "bbox": [10, 10, 30, 30],
