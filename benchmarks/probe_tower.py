@@ -38,9 +38,9 @@ def scenes(side: int) -> tuple[np.ndarray, list[SceneObject]]:
 def features(system: Iaa, folder: Path, pictures: np.ndarray) -> np.ndarray:
     """What the projector gets: float32 [n, N, F]."""
     params = read_params(system, folder)
-    of = jax.jit(functools.partial(system._apply, method="features"))
+    of = jax.jit(functools.partial(system.model.apply, method="features"))
     blocks = [pictures[at : at + BLOCK, None] for at in range(0, len(pictures), BLOCK)]
-    return np.concatenate([np.asarray(of(params, block)) for block in blocks])
+    return np.concatenate([np.asarray(of({"params": params}, block)) for block in blocks])
 
 
 def read(given: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -67,13 +67,14 @@ def main() -> None:
     middles = [across * int(across * t.y) + int(across * t.x) for t in things]
     anywhere = np.random.default_rng(0).integers(0, across**2, len(things))
     every = np.arange(len(things))
+    one_hot = {}
+    for attribute in ATTRIBUTES:
+        names, numbers = np.unique([getattr(t, attribute) for t in things], return_inverse=True)
+        one_hot[attribute] = np.eye(len(names))[numbers]
     for folder in folders:
         found = features(TINY, folder, pictures)
-        for attribute in ATTRIBUTES:
-            values = [getattr(t, attribute) for t in things]
-            names = sorted(set(values))
-            one_hot = np.eye(len(names))[[names.index(v) for v in values]]
-            said, truth = read(found[every, middles], one_hot)
+        for attribute, wanted in one_hot.items():
+            said, truth = read(found[every, middles], wanted)
             right = np.mean(said.argmax(1) == truth.argmax(1))
             print(f"{folder}: {attribute} {right:.1%} (most frequent {truth.mean(0).max():.1%})")
         for name, place in (("column", anywhere % across), ("row", anywhere // across)):

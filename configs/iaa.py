@@ -7,6 +7,7 @@ not published, and ASSUMPTION marks what neither the paper's tables nor the code
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from data_pipelines.conversation import ConversationPipeline, ConversationRecord, Framing, Llama3
 from data_pipelines.conversation.llava_json import LlavaJson
@@ -48,14 +49,11 @@ def pipeline(
     blind: bool = False,
 ) -> ConversationPipeline:
     """The pipeline whose batches are those of `system`."""
-    pictures = system.branch != "Text"
     return ConversationPipeline(
         source,
         tokenizer=tokenizer,
         template=template,
-        framing=_framing(system),
-        image_tokens=system.image_tokens if pictures else 0,
-        max_images=system.max_images if pictures else 0,
+        **_pictures(system),
         max_tokens=system.max_tokens,
         pack=system.pack,
         blind=blind,
@@ -64,20 +62,23 @@ def pipeline(
 
 def reading(system: Iaa, *, tokenizer: str, template: Template, blind: bool = False) -> ChatReading:
     """How protocols ask the functions of `system`."""
-    pictures = system.branch != "Text"
     return ChatReading(
         tokenizer=tokenizer,
         template=template,
-        framing=_framing(system),
-        image_tokens=system.image_tokens if pictures else 0,
-        max_images=system.max_images if pictures else 0,
+        **_pictures(system),
         prompt_tokens=system.prompt_tokens,
         blind=blind,
     )
 
 
-def _framing(system: Iaa) -> Framing:
-    return Framing(336 if system.vision is None else system.vision.image_size)
+def _pictures(system: Iaa) -> dict[str, Any]:
+    """What pipelines and readings know of pictures; none for the base alone."""
+    seen = system.branch != "Text"
+    return {
+        "framing": Framing(336 if system.vision is None else system.vision.image_size),
+        "image_tokens": system.image_tokens if seen else 0,
+        "max_images": system.max_images if seen else 0,
+    }
 
 
 # The laptop recipes -----------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def test_questions_protocol() -> None:
 
 
 def test_questions_tell_seeing_from_binding() -> None:
-    """A model that names some colour of the picture is right as often as guessing among them."""
+    """Answers that always name a colour of the picture, and only sometimes the right one."""
     source = SceneDialogues(count=60, kinds=("colour",), objects=(2, 3))
     others = {}
     for record in (source[i] for i in range(60)):
@@ -161,7 +161,7 @@ def test_questions_tell_seeing_from_binding() -> None:
     sizes = [len(source[i].extra["seen"]) for i in range(60)]
     assert set(sizes) <= {1, 2, 3}
     guessed = result.settings["guessing among what is seen"]
-    # A mean of 60 numbers below one, summed in the same order.
+    # Means of 60 float64 numbers up to one: each addition rounds by 1e-16 of the sum.
     np.testing.assert_allclose(guessed["colour"], np.mean([1 / n for n in sizes]), rtol=1e-12)
     nothing = Questions(source, READING).run({"sample_mm": oracle({})})
     assert nothing.metrics["seen/colour"].value == 0
