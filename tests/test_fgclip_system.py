@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from data_pipelines.scenes import Scenes
 from jaxmods import partitioning
+from jaxmods.nn.filters import cosine_filters
 from jaxmods.nn.positions import sincos_grid
 from jaxmods.systems.fgclip import BASE, LARGE, Execution, FgClip
 from jaxmods.systems.fgclip.objective import hard_negative_loss, normalise
@@ -186,6 +188,35 @@ def test_places_of_a_picture_start_apart() -> None:
     np.testing.assert_allclose(table @ found, places, atol=1e-12)
     with pytest.raises(ValueError, match="multiple of 4"):
         sincos_grid(side, 90)
+
+
+def test_patches_start_as_cosines_of_equal_strength() -> None:
+    """ "cosines" moves the filters of the patches and nothing else. They are orthogonal, and hear
+    the high notes of a picture as well as the low ones."""
+    drawn = partitioning.unbox(TINY.init(jax.random.key(3)))
+    cosines = partitioning.unbox(
+        dataclasses.replace(TINY, patch_start="cosines").init(jax.random.key(3))
+    )
+    changed = jax.tree_util.tree_leaves_with_path(
+        jax.tree.map(lambda a, b: np.asarray(a - b), cosines, drawn)
+    )
+    ((name, _),) = [(jax.tree_util.keystr(p), leaf) for p, leaf in changed if leaf.any()]
+    assert name == "['vision_tower']['patch_embedding']"
+
+    filters = cosine_filters(8, 96)
+    assert filters.shape == (8, 8, 3, 96)
+    gram = np.einsum("yxck,yxcl->kl", filters, filters)
+    lengths = np.sqrt(np.diag(gram))
+    # float32 products of values below 1, 192 of them: 192 * 6e-8 of the two lengths.
+    np.testing.assert_allclose(gram / np.outer(lengths, lengths), np.eye(96), atol=1.2e-5)
+    pictures = np.stack([r.image for r in Scenes(count=32)]) / 255.0
+    patches = pictures.reshape(32, 8, 8, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5)
+    heard = np.einsum("bghyxc,yxck->bghk", patches, filters).std(axis=(0, 1, 2))
+    assert heard.max() / heard.min() < 5
+    flat = np.einsum("bghyxc,yxck->bghk", patches, filters / lengths).std(axis=(0, 1, 2))
+    assert flat.max() / flat.min() > 20  # what drawn filters of one length would hear
+    with pytest.raises(ValueError, match="expected 1 to 12 filters for patches of 2 x 2, found 13"):
+        cosine_filters(2, 13)
 
 
 def test_labels(params: Any) -> None:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmods.backbones.clip import Execution, TextConfig, VisionConfig
+from jaxmods.nn.filters import cosine_filters
 from jaxmods.nn.positions import sincos_grid
 from jaxmods.nn.stack import remat as checkpointed
 from jaxmods.objectives.contrastive import SameText, hash_texts, info_nce, local_info_nce
@@ -27,6 +28,8 @@ from jaxmods.weights import WeightMap
 
 # Of the sincos table, beside patches that start with a root mean square of about 0.3.
 _SINCOS = 0.2
+# Of the cosine filters, whose outputs then have this root mean square as well.
+_COSINES = 0.17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,9 @@ class FgClip(System):
         the official class does, N(0, 0.02); "sincos" adds sines and cosines of row and column
         (`sincos_grid`), for towers that have to say where something is: from "drawn" a small one
         does not learn to tell left from right, which captions seldom ask for.
+      patch_start: what patches are read through without imported weights. "drawn" is what the
+        official class does, N(0, 0.02); "cosines" are `cosine_filters`, with which a tower sees
+        surfaces far sooner.
       execution: remat, unrolling, attention implementation.
     """
 
@@ -89,6 +95,7 @@ class FgClip(System):
     text_group: bool = False
     long_start: Literal["drawn", "stretched"] = "drawn"
     position_start: Literal["drawn", "sincos"] = "drawn"
+    patch_start: Literal["drawn", "cosines"] = "drawn"
     execution: Execution = dataclasses.field(default_factory=Execution)
 
     def __post_init__(self) -> None:
@@ -146,14 +153,15 @@ class FgClip(System):
         params = variables["params"]
         if self.long_start == "stretched":
             params = nn.meta.replace_boxed(params, self.from_openai(nn.meta.unbox(params)))
+        plain = nn.meta.unbox(params)
+        tower = dict(plain["vision_tower"])
         if self.position_start == "sincos":
-            plain = nn.meta.unbox(params)
-            tower = plain["vision_tower"]
-            table = tower["position_embedding"]
             places = sincos_grid(self.vision.grid, self.vision.width)
-            tower = {**tower, "position_embedding": table.at[1:].add(_SINCOS * places)}
-            params = nn.meta.replace_boxed(params, {**plain, "vision_tower": tower})
-        return params
+            tower["position_embedding"] = tower["position_embedding"].at[1:].add(_SINCOS * places)
+        if self.patch_start == "cosines":
+            filters = cosine_filters(self.vision.patch_size, self.vision.width)
+            tower["patch_embedding"] = jnp.asarray(_COSINES * filters)
+        return nn.meta.replace_boxed(params, {**plain, "vision_tower": tower})
 
     def labels(self, params: Params) -> dict[str, Any]:
         """ "train", or "text" for what the official code names `text_model*` if `text_group`."""
