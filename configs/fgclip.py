@@ -161,6 +161,33 @@ def tiny() -> Experiment:
     )
 
 
+# A tower for systems that have to say what is where (`iaa/tiny`): regions alone, half of them with
+# their places. What captions ask for is learnt from everywhere in a picture and hides the places.
+TINY_REGIONS = dataclasses.replace(
+    TINY,
+    weight_short=0.0,
+    weight_long=0.0,
+    weight_hard=0.0,
+    position_start="sincos",
+    patch_start="cosines",
+)
+
+
+def tiny_regions() -> Experiment:
+    """`tiny` from regions and phrases alone, half of them with places: the start of `iaa/tiny`."""
+    whole = tiny()
+    assert isinstance(whole.data, ImageTextPipeline)
+    assert isinstance(whole.data.source, Scenes)
+    source = dataclasses.replace(whole.data.source, places=True)
+    return dataclasses.replace(
+        whole,
+        system=TINY_REGIONS,
+        data=dataclasses.replace(whole.data, source=source),
+        steps=2500,
+        notes="Text prompts of its evaluation that are not phrases of regions mean little to it.",
+    )
+
+
 def coco_mini() -> Experiment:
     """Real photographs with captions and boxes: any folder in COCO's layout (data.root=...).
 

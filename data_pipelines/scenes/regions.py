@@ -26,11 +26,13 @@ from data_pipelines.scenes.wording import (
     identity,
     refer,
     relation_words,
+    square,
 )
 
 NEGATIVES = 10
 _TEXTURE_CHANGES = 3  # of the ten; one changes the size, the others the colour
 _STREAM = 4
+_PLACES = 6  # a stream of its own: the other texts do not depend on whether places are said
 
 
 def negative_identities(thing: SceneObject, draws: Draws) -> list[Identity]:
@@ -53,6 +55,7 @@ def regions(
     boxes: Sequence[Box | None],
     language: Language = "en",
     coloured_labels: bool = False,
+    places: bool = False,
 ) -> tuple[Region, ...]:
     """One region per object that can be seen, in an order drawn at random (so that a limit on the
     number of boxes leaves out any of them).
@@ -62,7 +65,10 @@ def regions(
       boxes: visible box of each object in the order of `scene.objects`; None where hidden.
       language: of phrases and labels.
       coloured_labels: label with colour and class ("red ball"), see `coloured_class_names`.
+      places: every other phrase, drawn at random, and its negatives end with the object's place,
+        "at C2" (see `square`).
     """
+    placed = Draws(scene.seed, scene.index, _PLACES)
     draws = Draws(scene.seed, scene.index, _STREAM + LANGUAGES.index(language))
     out = []
     for thing, box in zip(scene.objects, boxes, strict=True):
@@ -74,6 +80,9 @@ def regions(
             a(describe(other, language, wording), thing.kind, language)
             for other in negative_identities(thing, draws)
         )
+        if places and placed.chance(0.5):
+            end = f" at {square(thing)}"
+            phrase, negatives = phrase + end, tuple(text + end for text in negatives)
         if box is not None:
             label = OBJECTS[thing.kind].of(language)[0]
             if coloured_labels:

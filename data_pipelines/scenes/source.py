@@ -34,6 +34,7 @@ class Scenes(Source):
       short_captions: how many different short captions each record carries.
       settings: keys of `vocabulary.SETTINGS` that the scenes take place in; empty for all.
       coloured_labels: regions are labelled with colour and class.
+      places: every other phrase of a region says where it is, see `regions`.
     """
 
     seed: int = 0
@@ -44,6 +45,7 @@ class Scenes(Source):
     short_captions: int = 1
     settings: tuple[str, ...] = ()
     coloured_labels: bool = False
+    places: bool = False
 
     def __post_init__(self) -> None:
         check_language(self.language)
@@ -53,6 +55,11 @@ class Scenes(Source):
             value = getattr(self, field)
             if value < least:
                 raise ValueError(f"Scenes.{field}: expected at least {least}, found {value}")
+        if self.places and self.language != "en":
+            raise ValueError(
+                f'Scenes.places: phrases with places are in English; expected language "en", found '
+                f'"{self.language}"'
+            )
         unknown = [name for name in self.settings if name not in SETTINGS]
         if unknown:
             raise ValueError(
@@ -84,7 +91,7 @@ class Scenes(Source):
                 for variant in range(self.short_captions)
             ),
             long_caption=long_caption(scene, self.language),
-            regions=regions(scene, views.boxes, self.language, self.coloured_labels),
+            regions=regions(scene, views.boxes, self.language, self.coloured_labels, self.places),
         )
 
     def record_id(self, index: int) -> str:

@@ -21,6 +21,9 @@ _RELATIONS: dict[Relation, Words] = {
     "behind": Words(("behind",), ("后面", "后方")),
 }
 
+_COLUMNS = "ABCDEFGH"
+_SQUARES = len(_COLUMNS)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Identity:
@@ -107,3 +110,11 @@ def refer(scene: Scene, thing: SceneObject, language: Language, wording: Wording
 def relation_words(which: Relation, language: Language, draws: Draws) -> str:
     """Words for a relation: "to the left of", "左边"."""
     return draws.choice(_RELATIONS[which].of(language))
+
+
+def square(thing: SceneObject) -> str:
+    """Where the foot of an object is, as on a chessboard over the picture: "C2". A to H from left
+    to right, 1 to 8 from the lower edge up."""
+    column = _COLUMNS[int(_SQUARES * thing.x)]
+    down = min(int(_SQUARES * (thing.ground - thing.lift)), _SQUARES - 1)
+    return f"{column}{_SQUARES - down}"

@@ -85,7 +85,8 @@ def test_fingerprint_follows_every_field() -> None:
     base = Scenes()
     assert base.fingerprint() == Scenes().fingerprint()
     changes = {"seed": 1, "start": 1, "count": 9, "image_size": 32, "language": "zh",
-               "short_captions": 2, "settings": ("table",), "coloured_labels": True}  # fmt: skip
+               "short_captions": 2, "settings": ("table",), "coloured_labels": True,
+               "places": True}  # fmt: skip
     assert set(changes) == {f.name for f in dataclasses.fields(Scenes)}
     prints = {dataclasses.replace(base, **{k: v}).fingerprint() for k, v in changes.items()}
     assert len(prints | {base.fingerprint()}) == len(changes) + 1
@@ -104,6 +105,7 @@ def test_outside_index_is_refused(index: int) -> None:
         ({"settings": ("moon",)}, "Scenes.settings: unknown moon; known: table"),
         ({"count": 0}, "Scenes.count: expected at least 1, found 0"),
         ({"start": -1}, "Scenes.start: expected at least 0, found -1"),
+        ({"places": True, "language": "zh"}, 'Scenes.places: .*expected language "en", found "zh"'),
         ({"image_size": 4}, "Scenes.image_size: expected at least 16, found 4"),
     ],
 )

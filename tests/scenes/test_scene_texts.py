@@ -265,6 +265,27 @@ def test_negatives_change_one_attribute_and_are_false(language: Language) -> Non
             assert sorted(i for (i,) in changed) == [0, 1, 1, 1, 2, 2, 2, 2, 2, 2]
 
 
+def test_every_other_phrase_says_the_place_and_nothing_else_changes() -> None:
+    placed = 0
+    for scene in SCENES:
+        boxes = [o.box for o in scene.objects]
+        for bare, found in zip(
+            regions(scene, boxes), regions(scene, boxes, places=True), strict=True
+        ):
+            phrase, _, place = found.phrase.partition(" at ")
+            assert phrase == bare.phrase
+            assert (found.box, found.long_phrase) == (bare.box, bare.long_phrase)
+            end = f" at {place}" if place else ""
+            assert found.negatives == tuple(text + end for text in bare.negatives)
+            if place:
+                placed += 1
+                thing = owner(scene, bare)
+                left, above = "ABCDEFGH".index(place[0]) / 8, (8 - int(place[1])) / 8
+                assert left <= thing.x < left + 1 / 8
+                assert above <= thing.ground - thing.lift < above + 1 / 8
+    assert 0.45 < placed / sum(len(s.objects) for s in SCENES) < 0.55
+
+
 def test_hidden_objects_have_no_region_and_leave_the_others_unchanged() -> None:
     scene = SCENES[0]
     boxes = [o.box for o in scene.objects]
