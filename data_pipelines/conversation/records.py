@@ -17,10 +17,16 @@ PLACEHOLDER = "<image>"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Turn:
-    """One message; a user's text holds `PLACEHOLDER` where a picture stands."""
+    """One message.
+
+    Attributes:
+      text: a user's holds `PLACEHOLDER` where a picture stands.
+      given: leading characters of an answer that are read like a question, not learnt.
+    """
 
     role: Role
     text: str
+    given: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -60,6 +60,11 @@ class _Writer:
         if learn:
             self.learnt[-1].append((start, start + len(text)))
 
+    def answer(self, text: str, given: int, end: str) -> None:
+        """An answer and its end; the first `given` characters are not learnt."""
+        self.add(text[:given])
+        self.add(text[given:] + end, learn=True)
+
     def add_with_pictures(self, text: str) -> None:
         """A user's text; its placeholders end a piece."""
         first, *rest = text.split(PLACEHOLDER)
@@ -165,7 +170,7 @@ class Llama3(Template):
         for turn in turns:
             writer.add(_header(turn.role))
             if turn.role == "assistant":
-                writer.add(f"{turn.text.strip()}{END_OF_TURN}", learn=True)
+                writer.answer(turn.text.strip(), turn.given, END_OF_TURN)
             else:
                 text = turn.text
                 if not text.startswith(f"{PLACEHOLDER}\n"):  # else as it is, to the last space
@@ -204,7 +209,7 @@ class Vicuna(Template):
         for turn in turns:
             if turn.role == "assistant":
                 writer.add("ASSISTANT: ")
-                writer.add(turn.text + "</s>", learn=True)
+                writer.answer(turn.text, turn.given, "</s>")
             else:
                 writer.add("USER: ")
                 writer.add_with_pictures(_picture_first(turn.text))
@@ -243,7 +248,7 @@ class Plain(Template):
         writer = _Writer(PLACEHOLDER)
         for turn in turns:
             if turn.role == "assistant":
-                writer.add(turn.text + self.end, learn=True)
+                writer.answer(turn.text, turn.given, self.end)
             elif turn.role == "user":
                 writer.add_with_pictures(PLACEHOLDER * turn.text.count(PLACEHOLDER))
         return writer

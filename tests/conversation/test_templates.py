@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import pickle
@@ -87,6 +88,20 @@ def test_llama3_learns_answers_and_their_ends(scene: ChatTokenizer) -> None:
     # A prompt and the training text share their beginning, token for token.
     prompt = Llama3().encode(turns[:3], scene, prompt=True)
     assert prompt.ids == encoded.ids[: len(prompt.ids)]
+
+
+@pytest.mark.parametrize("template", [Llama3(system=""), Vicuna(), Plain()])
+def test_what_is_given_of_an_answer_is_read_but_not_learnt(
+    template: Template, scene: ChatTokenizer, vicuna: ChatTokenizer
+) -> None:
+    tokenizer = scene if isinstance(template, Llama3) else vicuna
+    whole = (Turn("user", "<image>\nWhich?"), Turn("assistant", "red C2, blue F4: red"))
+    given = (whole[0], dataclasses.replace(whole[1], given=len("red C2, blue F4:")))
+    all_of_it, rest = template.encode(whole, tokenizer), template.encode(given, tokenizer)
+    assert rest.ids == all_of_it.ids
+    learnt = [label for label in rest.labels if label != IGNORE]
+    assert [label for label in all_of_it.labels if label != IGNORE][-len(learnt) :] == learnt
+    assert tokenizer.decode(learnt).strip() == "red"
 
 
 def test_only_the_placeholder_is_a_picture(scene: ChatTokenizer) -> None:
