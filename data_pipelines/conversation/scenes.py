@@ -7,12 +7,24 @@
 | size | is the *red ball* small or large? | small, large |
 | count | how many objects are there? | one to six |
 | exists | is there a *red ball*? | yes, no (even) |
-| relation | is the *red ball* to the left of the *blue cube*? | yes, no (even) |
+| relation | which is further to the left, the *red* or the *blue* one? | one of the two (even) |
 | ground | IAA's grounding query with a phrase that fits one object | its box, two decimals |
 | list | what is there, from left to right? | all objects by their full names |
+| each | what is each like? | all objects in any order: "red C2: striped small ball; blue ..." |
+
+With `places`, answers that take the right object to be found say first where it is, as people do
+who point: "red C2: striped", and of two that are compared "red C2, blue F4: red". A place is the
+square of the object's foot on a chessboard over the picture (`scenes.wording.square`). What counts
+as the answer is what follows the colon.
 
 Every question about an object names it so that it fits no other in the scene: with its colour, and
-with further attributes where needed, but without the one that is asked for.
+with further attributes where needed, but without the one that is asked for. Relations are asked so
+that parts of an answer can be learnt (a colour that is there, one of the two, the left one): yes or
+no, or asking for the right one as well, would make the answer an exclusive or of where the objects
+are and how it is asked, of which no part alone says anything.
+
+"each" is an exercise, many answers at the price of one question. Each object begins with its
+colour, which tells which one the words that follow are about.
 """
 
 from __future__ import annotations
@@ -38,37 +50,25 @@ from data_pipelines.scenes.graph import (
 )
 from data_pipelines.scenes.render import render
 from data_pipelines.scenes.vocabulary import COLOURS, OBJECTS, SIZES, TEXTURES
+from data_pipelines.scenes.wording import square
 from data_pipelines.sources.base import Source, digest
 
-Kind = Literal["colour", "texture", "size", "count", "exists", "relation", "ground", "list"]
+Kind = Literal["colour", "texture", "size", "count", "exists", "relation", "ground", "list", "each"]
 QUESTIONS: tuple[Kind, ...] = ("colour", "texture", "size", "count", "exists", "relation")
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # Raised whenever the same (seed, index) would give another question or answer.
-VERSION = 2
-
-# What guessing gives at best: the most frequent answer, where answers are drawn evenly.
-CHANCE: dict[str, float] = {
-    "colour": 0.1,
-    "texture": 1 / 6,
-    "size": 0.5,
-    "count": 0.25,
-    "exists": 0.5,
-    "relation": 0.5,
-}
+VERSION = 3
 
 _DRAWS = 200  # for the questions of one record
 
 _STREAM = 300
 _NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
-_RELATIONS: dict[Relation, str] = {
-    "left": "to the left of", "right": "to the right of", "above": "above", "below": "below",
-    "front": "in front of", "behind": "behind",
+_COMPARED: dict[Relation, str] = {
+    "left": "further to the left", "above": "higher up", "front": "closer to the viewer",
 }  # fmt: skip
-_OPPOSITE: dict[Relation, Relation] = {
-    "left": "right", "right": "left", "above": "below", "below": "above", "front": "behind",
-    "behind": "front",
-}  # fmt: skip
+_OPPOSITE: dict[Relation, Relation] = {"right": "left", "below": "above", "behind": "front"}
+_LAST: tuple[Kind, ...] = ("list", "each")  # their answers would give away the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +79,12 @@ class SceneDialogues(Source[ConversationRecord]):
       seed: of the world. start: first index (hold out from `HELD_OUT`). count: number of records.
       image_size: pixels per side.
       kinds: kinds of question, drawn evenly (one that a scene cannot ask is drawn again).
-      told: instead of the picture, the answer to "list" stands before the question: reading
+      told: instead of the picture, an answer to "each" stands before the question: reading
         exercises for a language model without eyes. Not for "ground" and "list".
-      questions: different questions of one record, fewer where a scene has no more; "list", whose
-        answer would give away the others, is the last. `extra` speaks of the last.
+      places: answers about one object, or two that are compared, say first where they are.
+      given: such places are given, only what follows them is learnt (an exercise in concluding).
+      questions: different questions of one record, fewer where a scene has no more; "list" and
+        "each", whose answers would give away the others, are the last. `extra` speaks of the last.
       objects: fewest and most objects of a scene, of 1 to 6.
     """
 
@@ -92,6 +94,8 @@ class SceneDialogues(Source[ConversationRecord]):
     image_size: int = 64
     kinds: tuple[Kind, ...] = QUESTIONS
     told: bool = False
+    places: bool = False
+    given: bool = False
     questions: int = 1
     objects: tuple[int, int] = (MIN_OBJECTS, MAX_OBJECTS)
 
@@ -103,14 +107,19 @@ class SceneDialogues(Source[ConversationRecord]):
             )
         if self.told and {"ground", "list"} & set(self.kinds):
             raise ValueError(
-                "SceneDialogues: told=True has no boxes, and the list is told; leave out the "
-                "kinds ground and list"
+                "SceneDialogues: told=True has no boxes and no list from left to right; leave out "
+                "the kinds ground and list"
             )
         low, high = self.objects
         if not 1 <= low <= high <= MAX_OBJECTS:
             raise ValueError(
                 f"SceneDialogues.objects: expected 1 <= fewest <= most <= {MAX_OBJECTS}, found "
                 f"{self.objects}"
+            )
+        if self.given and (not self.places or set(_LAST) & set(self.kinds)):
+            raise ValueError(
+                "SceneDialogues: given=True needs answers that begin with one place or two; set "
+                "places=True, and leave out the kinds list and each"
             )
         if self.questions < 1:
             raise ValueError(
@@ -126,8 +135,8 @@ class SceneDialogues(Source[ConversationRecord]):
 
     def __getitem__(self, index: int) -> ConversationRecord:
         """Record `index`; its `extra` holds "task", "kind", for "ground" also "box" (pixels),
-        "width" and "height", and for "colour", "texture" and "size" also "seen": the answers that
-        are true of one object or another.
+        "width" and "height", for "colour", "texture" and "size" also "seen": the answers that are
+        true of one object or another, and for "relation" the two colours.
 
         Raises:
           BadRecordError: no_question, a scene about which nothing of these kinds can be asked.
@@ -145,16 +154,17 @@ class SceneDialogues(Source[ConversationRecord]):
             if kind == "ground" and views is not None:
                 made = _ground(scene, views.boxes, self.image_size, draws)
             else:
-                made = _question(scene, kind, draws)
+                made = _question(scene, kind, draws, places=self.places)
             if made is None or made[0] in found:
                 continue
             task = "Text" if self.told else "G" if kind == "ground" else "MM"
             found[made[0]] = (made[1], {"task": task, "kind": kind, **made[2]})
-        asked = sorted(found.items(), key=lambda item: item[1][1]["kind"] == "list")
+        asked = sorted(found.items(), key=lambda item: item[1][1]["kind"] in _LAST)
         turns: list[Turn] = []
-        lead = f"{_listing(scene) if self.told else PLACEHOLDER}\n"
+        lead = f"{_each(scene, draws) if self.told else PLACEHOLDER}\n"
         for question, (answer, _) in asked:
-            turns += [Turn("user", lead + question), Turn("assistant", answer)]
+            given = answer.find(":") + 1 if self.given else 0
+            turns += [Turn("user", lead + question), Turn("assistant", answer, given)]
             lead = ""
         if not turns:
             raise BadRecordError("no_question", f"nothing of kinds {self.kinds} to ask")
@@ -217,6 +227,7 @@ def tokenizer_texts(scenes: int) -> Iterator[str]:
         SceneDialogues(count=scenes, told=True),
         SceneDialogues(count=scenes, kinds=("ground",)),
         SceneDialogues(count=scenes, kinds=("list",)),
+        SceneDialogues(count=scenes, kinds=("relation", "texture"), places=True, questions=2),
         SceneTexts(count=scenes),
     )
     for source in sources:
@@ -262,35 +273,57 @@ def _listing(scene: Scene) -> str:
     )
 
 
+def _each(scene: Scene, draws: Draws) -> str:
+    """All objects in any order: "yellow C2: plain large umbrella; pink ..." """
+
+    def words(thing: SceneObject) -> str:
+        surface, size = _word("texture", thing.texture), _word("size", thing.size)
+        return f"{_place(thing)}: {surface} {size} {OBJECTS[thing.kind].en[0]}"
+
+    return "; ".join(words(thing) for thing in draws.shuffled(scene.objects))
+
+
+def _place(thing: SceneObject) -> str:
+    """ "yellow C2" """
+    return f"{_word('colour', thing.colour)} {square(thing)}"
+
+
 def _word(attribute: str, value: str) -> str:
     table = {"colour": COLOURS, "texture": TEXTURES, "size": SIZES}[attribute]
     return table[value].en[0]
 
 
-def _question(scene: Scene, kind: Kind, draws: Draws) -> _Found | None:
+def _question(scene: Scene, kind: Kind, draws: Draws, *, places: bool) -> _Found | None:
     thing = draws.choice(scene.objects)
     if kind == "count":
         return "How many objects are there?", _NUMBERS[len(scene.objects)], {}
     if kind == "exists":
         return _exists(scene, thing, draws)
     if kind == "relation":
-        return _relation(scene, thing, draws)
+        return _relation(scene, draws, places=places)
     if kind == "list":
         return "What is there, from left to right?", _listing(scene), {}
+    if kind == "each":
+        return "What is each like?", _each(scene, draws), {}
     if kind not in ("colour", "texture", "size"):
         return None
     name = _named(scene, thing, kind)
     if name is None:
         return None
     seen = {"seen": tuple(sorted({_word(kind, getattr(o, kind)) for o in scene.objects}))}
+    lead = f"{_place(thing)}: " if places else ""
     if kind == "colour":
         return f"What colour is the {name}?", _word("colour", thing.colour), seen
     if kind == "texture":
         # Every third surface is plain: the others are as frequent only if some of these are left.
         if thing.texture == "plain" and not draws.chance(0.14 / 0.3):
             return None
-        return f"What is the surface of the {name} like?", _word("texture", thing.texture), seen
-    return f"Is the {name} small or large?", _word("size", thing.size), seen
+        return (
+            f"What is the surface of the {name} like?",
+            lead + _word("texture", thing.texture),
+            seen,
+        )
+    return f"Is the {name} small or large?", lead + _word("size", thing.size), seen
 
 
 def _exists(scene: Scene, thing: SceneObject, draws: Draws) -> _Found | None:
@@ -305,19 +338,24 @@ def _exists(scene: Scene, thing: SceneObject, draws: Draws) -> _Found | None:
     return f"Is there {article} {name}?", "yes" if answer else "no", {}
 
 
-def _relation(scene: Scene, thing: SceneObject, draws: Draws) -> _Found | None:
-    others = [o for o in scene.objects if o is not thing]
-    if not others:
+def _relation(scene: Scene, draws: Draws, *, places: bool) -> _Found | None:
+    colours = [o.colour for o in scene.objects]
+    alone = [o for o in scene.objects if colours.count(o.colour) == 1]
+    if len(alone) < 2:
         return None
-    other = draws.choice(others)
-    which = relation(thing, other)
-    names = _named(scene, thing), _named(scene, other)
-    if which is None or None in names:
+    one, other = draws.shuffled(alone)[:2]
+    which = relation(one, other)
+    if which is None:
         return None
-    answer = draws.chance(0.5)
-    asked = which if answer else _OPPOSITE[which]
-    question = f"Is the {names[0]} {_RELATIONS[asked]} the {names[1]}?"
-    return question, "yes" if answer else "no", {}
+    if which not in _COMPARED:
+        one, other, which = other, one, _OPPOSITE[which]
+    names = _word("colour", one.colour), _word("colour", other.colour)
+    first = draws.chance(0.5)  # whether the answer is named first
+    a, b = (one, other) if first else (other, one)
+    said = [_word("colour", thing.colour) for thing in (a, b)]
+    question = f"Which is {_COMPARED[which]}, the {said[0]} or the {said[1]} one?"
+    lead = f"{_place(a)}, {_place(b)}: " if places else ""
+    return question, lead + names[0], {"seen": tuple(sorted(names))}
 
 
 def _ground(scene: Scene, boxes: Any, size: int, draws: Draws) -> _Found | None:

@@ -18,6 +18,7 @@ from data_pipelines.sources.base import Source
 @dataclasses.dataclass(frozen=True)
 class Questions(Protocol):
     """Share of questions whose answer is the recorded one, without regard to case and full stops.
+    Of both, what follows the last colon counts: "red C2, blue F4: red" says "red".
 
     "chance" of a kind is the share of its most frequent answer in the same set.
 
@@ -88,7 +89,8 @@ class Questions(Protocol):
             metrics,
             {
                 **settings(self.source, self.reading, self.limit),
-                "right": "equal to the recorded answer without case and final full stop",
+                "right": "what follows the last colon equals that of the recorded answer, without "
+                "case and final full stop",
                 "chance": "the most frequent answer of each kind of question",
                 "guessing among what is seen": {
                     kind: sum(1 / len(there) for _, there in pairs) / len(pairs)
@@ -136,4 +138,4 @@ def settings(
 
 
 def _plain(text: str) -> str:
-    return text.strip().lower().rstrip(".")
+    return text.rpartition(":")[2].strip().lower().rstrip(".")

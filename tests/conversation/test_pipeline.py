@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +23,15 @@ from data_pipelines.conversation.llava_json import LlavaJson
 from data_pipelines.conversation.pictures import frame_box, prepare, unframe_box
 from data_pipelines.conversation.pipeline import shares
 from data_pipelines.conversation.scenes import (
-    CHANCE,
     KINDS,
-    QUESTIONS,
     SceneDialogues,
     SceneTexts,
 )
 from data_pipelines.conversation.splice import IGNORE, IMAGE
 from data_pipelines.records import BadRecordError
 from data_pipelines.sampling import Tolerance
+from data_pipelines.scenes import sample_scene
+from data_pipelines.scenes.graph import SceneObject
 from data_pipelines.sources.base import InMemory, Mixture
 
 PICTURE = np.full((20, 30, 3), 200, np.uint8)
@@ -307,23 +308,99 @@ def test_scene_questions_are_true_of_the_scene() -> None:
     counts = [r for r in told if r.extra["kind"] == "count"]
     words = ("none", "one", "two", "three", "four", "five", "six")
     assert {words.index(r.turns[1].text) for r in counts} == {3, 4, 5, 6}
-    assert all(words[r.turns[0].text.count(", ") + 1] == r.turns[1].text for r in counts)
+    assert all(words[r.turns[0].text.count("; ") + 1] == r.turns[1].text for r in counts)
     colours = [r for r in told if r.extra["kind"] == "colour"]
     assert all(r.turns[1].text in r.turns[0].text for r in colours)
-    assert set(CHANCE) == set(QUESTIONS)
     few = SceneDialogues(count=60, kinds=("count",), objects=(1, 2))
     assert {r.turns[1].text for r in few} == {"one", "two"}
     several = SceneDialogues(count=60, kinds=KINDS, questions=4)
     lists = [
-        [n for n, t in enumerate(r.turns) if t.text.startswith("What is there")] for r in several
+        [n for n, t in enumerate(r.turns) if t.text.startswith(("What is there", "What is each"))]
+        for r in several
     ]
     assert any(lists)
     assert all(
-        n == len(r.turns) - 2 for r, found in zip(several, lists, strict=True) for n in found
+        found == list(range(len(r.turns) - 2 * len(found), len(r.turns), 2))
+        for r, found in zip(several, lists, strict=True)
     )
     ground = SceneDialogues(count=3, kinds=("ground",))[1]
     numbers = np.array(json.loads(ground.turns[1].text))
     np.testing.assert_allclose(64 * numbers, ground.extra["box"], atol=0.33)
+
+
+def test_relations_and_places_are_those_of_the_scene_graph() -> None:
+    # What the answer has less of than the other: x to the left, and so on.
+    less = {
+        "further to the left": lambda o: o.x,
+        "higher up": lambda o: o.y,
+        "closer to the viewer": lambda o: -o.ground,
+    }
+    asked, first = set(), []
+    for told in (False, True):
+        source = SceneDialogues(
+            count=400, kinds=("relation",), told=told, places=told, objects=(2, 3)
+        )
+        for index in range(len(source)):
+            try:
+                turns = source[index].turns
+            except BadRecordError:  # two of a colour, or nothing clear to say of them
+                continue
+            by_colour = {o.colour: o for o in sample_scene(0, index, objects=(2, 3)).objects}
+            said = re.search(r"Which is (.*), the (.*) or the (.*) one\?", turns[0].text)
+            assert said is not None
+            words, a, b = said.groups()
+            answer = turns[1].text
+            if told:
+                places = [f"{c} {square_of(by_colour[c])}" for c in (a, b)]
+                lead, answer = answer.split(": ")
+                assert lead == ", ".join(places)
+                assert all(place in turns[0].text for place in places)
+            other = b if answer == a else a
+            measure = less[words]
+            assert measure(by_colour[answer]) < measure(by_colour[other]), (index, turns)
+            assert source[index].extra["seen"] == tuple(sorted((a, b)))
+            asked.add((told, words))
+            first.append(answer == a)
+    assert {words for _, words in asked} == set(less)
+    assert 0.4 < np.mean(first) < 0.6  # the word named first is no hint
+
+
+def square_of(thing: SceneObject) -> str:
+    """The square of an object's foot, counted from the corners of 8 x 8 fields."""
+    column = sum(thing.x >= edge / 8 for edge in range(1, 8))
+    row = sum(thing.ground - thing.lift < edge / 8 for edge in range(1, 9))
+    return "ABCDEFGH"[column] + str(max(row, 1))
+
+
+def test_each_says_all_of_all_objects_and_places_lead_answers() -> None:
+    orders = set()
+    for told in (False, True):
+        each = SceneDialogues(count=20, kinds=("each",), told=told, objects=(1, 3))
+        for index in range(len(each)):
+            turns = each[index].turns
+            objects = sample_scene(0, index, objects=(1, 3)).objects
+            expected = sorted(
+                f"{o.colour} {square_of(o)}: {o.texture} {o.size} {o.kind}" for o in objects
+            )
+            assert sorted(turns[1].text.split("; ")) == expected
+            if told:
+                listed = turns[0].text.split("\n")[0].split("; ")
+                assert sorted(listed) == expected
+                orders.add(listed == turns[1].text.split("; "))
+    assert orders == {True, False}  # of its own, so that it has to be looked up
+    for kind in ("texture", "size"):
+        bare = SceneDialogues(count=40, kinds=(kind,), objects=(1, 3))
+        placed = dataclasses.replace(bare, places=True)
+        for index in range(len(bare)):
+            colours = {o.colour: o for o in sample_scene(0, index, objects=(1, 3)).objects}
+            try:
+                answer = placed[index].turns[1].text
+            except BadRecordError:
+                continue
+            where, said = answer.split(": ")
+            assert said == bare[index].turns[1].text
+            colour, place = where.split()
+            assert len(colours) < 3 or place == square_of(colours[colour])
 
 
 def test_scene_sources_mix_and_refuse_what_they_cannot_ask() -> None:
@@ -331,6 +408,15 @@ def test_scene_sources_mix_and_refuse_what_they_cannot_ask() -> None:
     made = pipeline(mixed, max_images=0, image_tokens=0, max_tokens=160)
     batch = next(iter(made.batches(global_batch=8, seed=0))).arrays
     assert set(batch) == {"ids", "labels", "valid"}
+    given = SceneDialogues(count=40, kinds=("size", "count"), places=True, given=True)
+    for item in given:
+        answer = item.turns[-1]
+        concluded = answer.text[answer.given :].strip()
+        assert concluded in ("small", "large") or answer.given == 0
+    with pytest.raises(ValueError, match="given=True needs answers that begin with one place"):
+        SceneDialogues(given=True)
+    with pytest.raises(ValueError, match="leave out the kinds list and each"):
+        SceneDialogues(kinds=("each",), places=True, given=True)
     with pytest.raises(ValueError, match="no boxes"):
         SceneDialogues(told=True, kinds=("ground",))
     with pytest.raises(ValueError, match="expected some of"):

@@ -22,7 +22,7 @@ from jaxmods.systems.iaa import Iaa
 
 SYSTEM = dataclasses.replace(
     recipes.TINY,
-    llama=dataclasses.replace(recipes.TINY_LLAMA, layers=1, width=32, heads=1, mlp=32),
+    llama=dataclasses.replace(recipes.TINY_LLAMA, layers=1, width=32, heads=1, kv_heads=1, mlp=32),
     vision=dataclasses.replace(recipes.TINY.vision, width=16, layers=2, heads=1, mlp=16),
     insert_after=(0,),
     prompt_tokens=128,

@@ -23,20 +23,22 @@ def test_from_the_base_to_an_answer(tmp_path: Path) -> None:
         "optim.warmup_steps=20",
     )  # fmt: skip
     found = losses(base)
-    # ln 768 = 6.6 before the first step; the recipe with its longer warm-up has 1.16 at step 150.
+    # ln 768 = 6.6 before the first step, 1.30 after the last; with the longer warm-up of the recipe
+    # 2.2 at step 100 and 1.41 at step 150.
     assert found[0] > 4.0
-    assert found[-1] < 1.2
+    assert found[-1] < 1.4
     jaxmods("export", "iaa/tiny_base", "--from", str(base), "--to", str(hub))
 
-    few = [f"evaluation.protocols.{n}.limit=8" for n in range(4)]
+    few = [f"evaluation.protocols.{n}.limit=8" for n in range(6)]
     jaxmods(
         "fit", "iaa/tiny", "--no-report", "--workdir", str(run), *settings, f"weights={hub}",
-        "steps=40", "optim.warmup_steps=10", "evaluation.every=0", *few,
+        "steps=40", "optim.warmup_steps=10", "optim.groups.1.start_step=0", "evaluation.every=0",
+        *few,
     )  # fmt: skip
     found = losses(run)
     assert found[-1] < 0.5 * found[0]
     results = json.loads((run / "eval" / "40.json").read_text())["results"]
-    assert len(results) == 4
+    assert len(results) == 6
 
     jaxmods("export", "iaa/tiny", "--from", str(run), "--to", str(tmp_path / "out"))
     with open_weights(hub) as before, open_weights(tmp_path / "out") as after:

@@ -125,9 +125,12 @@ def assert_same(found: Any, expected: Any) -> None:
         jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(wanted_grads), strict=True
     ):
         scale = np.abs(b).max()
-        # float32 sums in another order; the second term is for gradients that are zero by theory.
+        # float32 sums in another order. With these large weights the last bit of the parameters,
+        # up or down at random, moves gradients by 2.7e-5 to 8.0e-5 of the largest (four draws), so
+        # that nothing below 5e-5 would tell of packing. The second term is for gradients that are
+        # zero by theory.
         np.testing.assert_allclose(
-            a, b, atol=2e-5 * scale + 1e-7 * largest, rtol=0, err_msg=jax.tree_util.keystr(path)
+            a, b, atol=5e-5 * scale + 1e-7 * largest, rtol=0, err_msg=jax.tree_util.keystr(path)
         )
     assert all(float(np.abs(b).max()) > 0 for b in jax.tree.leaves(wanted_grads["MM"]))
 

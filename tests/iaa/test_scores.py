@@ -167,6 +167,21 @@ def test_questions_tell_seeing_from_binding() -> None:
     assert nothing.metrics["seen/colour"].value == 0
 
 
+def test_what_follows_the_colon_is_the_answer() -> None:
+    source = SceneDialogues(count=8, kinds=("size",), places=True, objects=(1, 1))
+    prompts = [key(row_of(source[i], READING)) for i in range(8)]
+    truths = [source[i].turns[-1].text for i in range(8)]
+    assert all(": " in truth for truth in truths)
+    said = {p: f"pink A1: {t.rpartition(' ')[2]}" for p, t in zip(prompts, truths, strict=True)}
+    assert (
+        Questions(source, READING).run({"sample_mm": oracle(said)}).metrics["accuracy"].value == 1
+    )
+    places = {p: t.partition(":")[0] for p, t in zip(prompts, truths, strict=True)}
+    assert (
+        Questions(source, READING).run({"sample_mm": oracle(places)}).metrics["accuracy"].value == 0
+    )
+
+
 def test_questions_of_a_model_without_eyes() -> None:
     source = SceneDialogues(count=6, told=True)
     reading = dataclasses.replace(READING, image_tokens=0, max_images=0, prompt_tokens=200)
