@@ -67,8 +67,8 @@ class FgClip(System):
         (`sincos_grid`), for towers that have to say where something is: from "drawn" a small one
         does not learn to tell left from right, which captions seldom ask for.
       patch_start: what patches are read through without imported weights. "drawn" is what the
-        official class does, N(0, 0.02); "cosines" are `cosine_filters`, with which a tower sees
-        surfaces far sooner.
+        official class does, N(0, 0.02); "cosines" are `cosine_filters`, with which a small
+        tower sees surfaces a little sooner.
       execution: remat, unrolling, attention implementation.
     """
 
