@@ -205,10 +205,11 @@ def test_patches_start_as_cosines_of_equal_strength() -> None:
 
     filters = cosine_filters(8, 96)
     assert filters.shape == (8, 8, 3, 96)
-    gram = np.einsum("yxck,yxcl->kl", filters, filters)
+    exact = filters.astype(np.float64)
+    gram = np.einsum("yxck,yxcl->kl", exact, exact)
     lengths = np.sqrt(np.diag(gram))
-    # float32 products of values below 1, 192 of them: 192 * 6e-8 of the two lengths.
-    np.testing.assert_allclose(gram / np.outer(lengths, lengths), np.eye(96), atol=1.2e-5)
+    # Each value was rounded to float32 once, by up to 6e-8 of itself: twice that for a product.
+    np.testing.assert_allclose(gram / np.outer(lengths, lengths), np.eye(96), atol=1.2e-7)
     pictures = np.stack([r.image for r in Scenes(count=32)]) / 255.0
     patches = pictures.reshape(32, 8, 8, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5)
     heard = np.einsum("bghyxc,yxck->bghk", patches, filters).std(axis=(0, 1, 2))

@@ -311,9 +311,9 @@ def _question(scene: Scene, kind: Kind, draws: Draws, *, places: bool) -> _Found
     if name is None:
         return None
     seen = {"seen": tuple(sorted({_word(kind, getattr(o, kind)) for o in scene.objects}))}
-    lead = f"{_place(thing)}: " if places else ""
     if kind == "colour":
         return f"What colour is the {name}?", _word("colour", thing.colour), seen
+    lead = f"{_place(thing)}: " if places else ""
     if kind == "texture":
         # Every third surface is plain: the others are as frequent only if some of these are left.
         if thing.texture == "plain" and not draws.chance(0.14 / 0.3):
@@ -349,13 +349,12 @@ def _relation(scene: Scene, draws: Draws, *, places: bool) -> _Found | None:
         return None
     if which not in _COMPARED:
         one, other, which = other, one, _OPPOSITE[which]
-    names = _word("colour", one.colour), _word("colour", other.colour)
-    first = draws.chance(0.5)  # whether the answer is named first
-    a, b = (one, other) if first else (other, one)
-    said = [_word("colour", thing.colour) for thing in (a, b)]
-    question = f"Which is {_COMPARED[which]}, the {said[0]} or the {said[1]} one?"
-    lead = f"{_place(a)}, {_place(b)}: " if places else ""
-    return question, lead + names[0], {"seen": tuple(sorted(names))}
+    # Whether the answer is named first.
+    pair = (one, other) if draws.chance(0.5) else (other, one)
+    a, b = (_word("colour", thing.colour) for thing in pair)
+    question = f"Which is {_COMPARED[which]}, the {a} or the {b} one?"
+    lead = f"{', '.join(map(_place, pair))}: " if places else ""
+    return question, lead + _word("colour", one.colour), {"seen": tuple(sorted((a, b)))}
 
 
 def _ground(scene: Scene, boxes: Any, size: int, draws: Draws) -> _Found | None:

@@ -68,7 +68,7 @@ def regions(
       places: every other phrase, drawn at random, and its negatives end with the object's place,
         "at C2" (see `square`).
     """
-    placed = Draws(scene.seed, scene.index, _PLACES)
+    placed = Draws(scene.seed, scene.index, _PLACES) if places else None
     draws = Draws(scene.seed, scene.index, _STREAM + LANGUAGES.index(language))
     out = []
     for thing, box in zip(scene.objects, boxes, strict=True):
@@ -80,7 +80,7 @@ def regions(
             a(describe(other, language, wording), thing.kind, language)
             for other in negative_identities(thing, draws)
         )
-        if places and placed.chance(0.5):
+        if placed is not None and placed.chance(0.5):
             end = f" at {square(thing)}"
             phrase, negatives = phrase + end, tuple(text + end for text in negatives)
         if box is not None:
