@@ -21,7 +21,8 @@ Every question about an object names it so that it fits no other in the scene: w
 with further attributes where needed, but without the one that is asked for. Relations are asked so
 that parts of an answer can be learnt (a colour that is there, one of the two, the left one): yes or
 no, or asking for the right one as well, would make the answer an exclusive or of where the objects
-are and how it is asked, of which no part alone says anything.
+are and how it is asked, of which no part alone says anything. "Higher up" is one of these still:
+"closer to the viewer" is mostly the lower one.
 
 "each" is an exercise, many answers at the price of one question. Each object begins with its
 colour, which tells which one the words that follow are about.
