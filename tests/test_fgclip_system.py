@@ -208,8 +208,10 @@ def test_patches_start_as_cosines_of_equal_strength() -> None:
     exact = filters.astype(np.float64)
     gram = np.einsum("yxck,yxcl->kl", exact, exact)
     lengths = np.sqrt(np.diag(gram))
-    # Each value was rounded to float32 once, by up to 6e-8 of itself: twice that for a product.
-    np.testing.assert_allclose(gram / np.outer(lengths, lengths), np.eye(96), atol=1.2e-7)
+    # Each value was rounded to float32 once, by up to eps / 2 of itself, so a product by up to eps
+    # of its size; the sizes add up to no more than the two lengths' product (Cauchy and Schwarz).
+    rounding = np.finfo(np.float32).eps
+    np.testing.assert_allclose(gram / np.outer(lengths, lengths), np.eye(96), atol=rounding)
     pictures = np.stack([r.image for r in Scenes(count=32)]) / 255.0
     patches = pictures.reshape(32, 8, 8, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5)
     heard = np.einsum("bghyxc,yxck->bghk", patches, filters).std(axis=(0, 1, 2))
