@@ -22,11 +22,21 @@ class Turn:
     Attributes:
       text: a user's holds `PLACEHOLDER` where a picture stands.
       given: leading characters of an answer that are read like a question, not learnt.
+
+    Raises:
+      ValueError: more is given than there is, or of a text that templates would trim first.
     """
 
     role: Role
     text: str
     given: int = 0
+
+    def __post_init__(self) -> None:
+        if self.given and (not 0 < self.given <= len(self.text) or self.text[0].isspace()):
+            raise ValueError(
+                f"Turn.given: expected 0 to {len(self.text)} characters of a text that does not "
+                f"begin with a space, found {self.given} of {self.text[:40]!r}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

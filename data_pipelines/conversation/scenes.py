@@ -21,8 +21,8 @@ Every question about an object names it so that it fits no other in the scene: w
 with further attributes where needed, but without the one that is asked for. Relations are asked so
 that parts of an answer can be learnt (a colour that is there, one of the two, the left one): yes or
 no, or asking for the right one as well, would make the answer an exclusive or of where the objects
-are and how it is asked, of which no part alone says anything. "Higher up" is one of these still:
-"closer to the viewer" is mostly the lower one.
+are and how it is asked, of which no part alone says anything. For the same reason the lower of two
+is asked for, not the higher: it is mostly also the one closer to the viewer.
 
 "each" is an exercise, many answers at the price of one question. Each object begins with its
 colour, which tells which one the words that follow are about.
@@ -59,16 +59,16 @@ QUESTIONS: tuple[Kind, ...] = ("colour", "texture", "size", "count", "exists", "
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # Raised whenever the same (seed, index) would give another question or answer.
-VERSION = 3
+VERSION = 4
 
 _DRAWS = 200  # for the questions of one record
 
 _STREAM = 300
 _NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 _COMPARED: dict[Relation, str] = {
-    "left": "further to the left", "above": "higher up", "front": "closer to the viewer",
+    "left": "further to the left", "below": "lower down", "front": "closer to the viewer",
 }  # fmt: skip
-_OPPOSITE: dict[Relation, Relation] = {"right": "left", "below": "above", "behind": "front"}
+_OPPOSITE: dict[Relation, Relation] = {"right": "left", "above": "below", "behind": "front"}
 _LAST: tuple[Kind, ...] = ("list", "each")  # their answers would give away the others
 
 

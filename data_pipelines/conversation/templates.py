@@ -105,24 +105,51 @@ class Template(abc.ABC):
     def _first(self) -> str:
         """Token whose id stands before everything; "" where the text holds it."""
 
+    @property
+    def _before_answer(self) -> str:
+        """What stands between a prompt and its answer; it is left to the model where it answers
+        from the first word."""
+        return ""
+
+    def _whole(self, turns: Sequence[Turn], prompt: bool, begun: str) -> _Writer:
+        if begun and not prompt:
+            raise ValueError(
+                f"{type(self).__name__}: only the answer to a prompt can be begun, found "
+                f"begun={begun!r}; set prompt=True"
+            )
+        written = self._write(turns, prompt=prompt)
+        if begun:
+            written.add(self._before_answer + begun)
+        return written
+
     @abc.abstractmethod
     def _write(self, turns: Sequence[Turn], *, prompt: bool) -> _Writer:
         """The conversation; with `prompt`, up to where the next answer begins."""
 
-    def text(self, turns: Sequence[Turn], *, prompt: bool = False) -> str:
-        """The conversation as text. `prompt`: followed by what an answer begins with."""
-        return self._write(turns, prompt=prompt).text
+    def text(self, turns: Sequence[Turn], *, prompt: bool = False, begun: str = "") -> str:
+        """The conversation as text.
+
+        Args:
+          prompt: followed by what an answer begins with. begun: and by words of that answer.
+        """
+        return self._whole(turns, prompt, begun).text
 
     def encode(
-        self, turns: Sequence[Turn], tokenizer: ChatTokenizer, *, prompt: bool = False
+        self,
+        turns: Sequence[Turn],
+        tokenizer: ChatTokenizer,
+        *,
+        prompt: bool = False,
+        begun: str = "",
     ) -> Encoded:
-        """The conversation as ids and labels.
+        """The conversation as ids and labels; `prompt` and `begun` as for `text`.
 
         Raises:
-          ValueError: the tokenizer lacks special tokens of this template.
+          ValueError: the tokenizer lacks special tokens of this template, or an answer is begun
+            without `prompt`.
         """
         tokenizer.require(self.special)
-        written = self._write(turns, prompt=prompt)
+        written = self._whole(turns, prompt, begun)
         ids = [tokenizer.token_id(self._first)] if self._first else []
         labels = [IGNORE] * len(ids)
         for number, (piece, ranges) in enumerate(zip(written.pieces, written.learnt, strict=True)):
@@ -201,6 +228,10 @@ class Vicuna(Template):
     @property
     def _first(self) -> str:
         return "<s>"
+
+    @property
+    def _before_answer(self) -> str:
+        return " "
 
     def _write(self, turns: Sequence[Turn], *, prompt: bool) -> _Writer:
         writer = _Writer(PLACEHOLDER)

@@ -82,7 +82,7 @@ class Answered:
 
 
 def question(record: ConversationRecord) -> tuple[Turn, ...]:
-    """The turns up to the last answer."""
+    """The turns up to the last answer, whose given part (`Turn.given`) is asked with them."""
     return record.turns[:-1] if record.turns[-1].role == "assistant" else record.turns
 
 
@@ -157,7 +157,13 @@ def row_of(record: ConversationRecord, reading: ChatReading) -> list[np.ndarray]
     image = np.zeros((reading.max_images, side, side, 3), np.uint8)
     for place, picture in zip(image, record.images, strict=False):
         place[:] = 127 if reading.blind else prepare(picture, reading.framing)
-    encoded = reading.template.encode(turns, reading.text_tokenizer, prompt=True)
+    last = record.turns[-1]
+    encoded = reading.template.encode(
+        turns,
+        reading.text_tokenizer,
+        prompt=True,
+        begun=last.text[: last.given] if last.role == "assistant" else "",
+    )
     try:
         row = splice(encoded.ids, None, reading.image_tokens, reading.positions, what="prompt")
     except ValueError as error:

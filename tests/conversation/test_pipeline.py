@@ -332,7 +332,7 @@ def test_relations_and_places_are_those_of_the_scene_graph() -> None:
     # What the answer has less of than the other: x to the left, and so on.
     less = {
         "further to the left": lambda o: o.x,
-        "higher up": lambda o: o.y,
+        "lower down": lambda o: -o.y,
         "closer to the viewer": lambda o: -o.ground,
     }
     asked, first = set(), []

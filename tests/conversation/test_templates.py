@@ -102,6 +102,17 @@ def test_what_is_given_of_an_answer_is_read_but_not_learnt(
     learnt = [label for label in rest.labels if label != IGNORE]
     assert [label for label in all_of_it.labels if label != IGNORE][-len(learnt) :] == learnt
     assert tokenizer.decode(learnt).strip() == "red"
+    # Asked with what is given, a model goes on where the training text does.
+    prompt = template.encode(whole[:1], tokenizer, prompt=True, begun="red C2, blue F4:")
+    assert prompt.ids == rest.ids[: rest.labels.index(learnt[0])]
+    with pytest.raises(ValueError, match="begun='red'; set prompt=True"):
+        template.encode(whole[:1], tokenizer, begun="red")
+
+
+@pytest.mark.parametrize(("text", "given"), [("red", 4), ("red", -1), (" red", 2)])
+def test_what_cannot_be_given(text: str, given: int) -> None:
+    with pytest.raises(ValueError, match=rf"Turn\.given: expected 0 to {len(text)} .* {given} of"):
+        Turn("assistant", text, given)
 
 
 def test_only_the_placeholder_is_a_picture(scene: ChatTokenizer) -> None:

@@ -167,6 +167,14 @@ def test_questions_tell_seeing_from_binding() -> None:
     assert nothing.metrics["seen/colour"].value == 0
 
 
+def test_what_is_given_of_an_answer_is_asked_with_the_question() -> None:
+    source = SceneDialogues(count=8, kinds=("size",), places=True, given=True, objects=(1, 1))
+    for record in (source[i] for i in range(8)):
+        row = row_of(record, READING)
+        written = READING.text_tokenizer.decode(row[1][: int(row[3])])
+        assert written.endswith(record.turns[-1].text.rpartition(" ")[0])
+
+
 def test_what_follows_the_colon_is_the_answer() -> None:
     source = SceneDialogues(count=8, kinds=("size",), places=True, objects=(1, 1))
     prompts = [key(row_of(source[i], READING)) for i in range(8)]
