@@ -9,7 +9,6 @@ workdir="${1:-runs/demo}"
 started=$SECONDS
 bash setup.sh
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"  # docs/command_line.md: huge pages
 jaxmods=.venv/bin/jaxmods
 
 "$jaxmods" fit fgclip/tiny --workdir "$workdir" "${@:2}"

@@ -8,7 +8,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 bash setup.sh test
 export JAX_PLATFORMS=cpu
-export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"  # docs/command_line.md: huge pages
 bin=.venv/bin
 
 select=()
