@@ -187,7 +187,7 @@ def tiny_base() -> Experiment:
             ),
             tolerance=Tolerance(max_bad_fraction=0.2),
         ),
-        steps=3600,
+        steps=2400,
         evaluation=Evaluation(
             protocols=(Questions(unseen, read, function="sample_text", label="told"),)
         ),
@@ -226,7 +226,7 @@ def tiny() -> Experiment:
             template=SHORT,
         ),
         batch_size=16,
-        steps=3000,
+        steps=4000,
         optim=Optim(
             lr=2e-3,
             warmup_steps=100,

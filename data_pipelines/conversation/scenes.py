@@ -13,9 +13,10 @@
 | each | what is each like? | all objects in any order: "red C2: striped small ball; blue ..." |
 
 With `places`, answers that take the right object to be found say first where it is, as people do
-who point: "red C2: striped", and of two that are compared "red C2, blue F4: red". A place is the
-square of the object's foot on a chessboard over the picture (`scenes.wording.square`). What counts
-as the answer is what follows the colon.
+who point: "red C2: striped", and of two that are compared "red C2, blue F4: red". Of "is there a
+red ball?" it is a ball of whatever colour: "red C2: yes", "blue C2: no". A place is the square of
+the object's foot on a chessboard over the picture (`scenes.wording.square`). What counts as the
+answer is what follows the colon.
 
 Every question about an object names it so that it fits no other in the scene: with its colour, and
 with further attributes where needed, but without the one that is asked for. Relations are asked so
@@ -59,7 +60,7 @@ QUESTIONS: tuple[Kind, ...] = ("colour", "texture", "size", "count", "exists", "
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # Raised whenever the same (seed, index) would give another question or answer.
-VERSION = 4
+VERSION = 5
 
 _DRAWS = 200  # for the questions of one record
 
@@ -299,7 +300,7 @@ def _question(scene: Scene, kind: Kind, draws: Draws, *, places: bool) -> _Found
     if kind == "count":
         return "How many objects are there?", _NUMBERS[len(scene.objects)], {}
     if kind == "exists":
-        return _exists(scene, thing, draws)
+        return _exists(scene, thing, draws, places=places)
     if kind == "relation":
         return _relation(scene, draws, places=places)
     if kind == "list":
@@ -327,7 +328,7 @@ def _question(scene: Scene, kind: Kind, draws: Draws, *, places: bool) -> _Found
     return f"Is the {name} small or large?", lead + _word("size", thing.size), seen
 
 
-def _exists(scene: Scene, thing: SceneObject, draws: Draws) -> _Found | None:
+def _exists(scene: Scene, thing: SceneObject, draws: Draws, *, places: bool) -> _Found | None:
     kind, colour = thing.kind, thing.colour
     answer = draws.chance(0.5)
     if not answer:
@@ -336,7 +337,8 @@ def _exists(scene: Scene, thing: SceneObject, draws: Draws) -> _Found | None:
             return None
     name = f"{_word('colour', colour)} {OBJECTS[kind].en[0]}"
     article = "an" if name[0] in "aeiou" else "a"
-    return f"Is there {article} {name}?", "yes" if answer else "no", {}
+    lead = f"{_place(thing)}: " if places else ""
+    return f"Is there {article} {name}?", lead + ("yes" if answer else "no"), {}
 
 
 def _relation(scene: Scene, draws: Draws, *, places: bool) -> _Found | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import re
@@ -401,6 +402,27 @@ def test_each_says_all_of_all_objects_and_places_lead_answers() -> None:
             assert said == bare[index].turns[1].text
             colour, place = where.split()
             assert len(colours) < 3 or place == square_of(colours[colour])
+
+
+def test_is_there_points_at_one_of_that_kind_and_tells_whether_its_colour_is_the_one() -> None:
+    said = collections.Counter()
+    bare = SceneDialogues(count=400, kinds=("exists",), objects=(1, 3))
+    placed = dataclasses.replace(bare, places=True)
+    for index in range(len(bare)):
+        objects = sample_scene(0, index, objects=(1, 3)).objects
+        turns = placed[index].turns
+        asked = re.search(r"Is there an? (\w+) (.*)\?", turns[0].text)
+        assert asked is not None
+        where, answer = turns[1].text.split(": ")
+        assert answer == bare[index].turns[1].text
+        same = {f"{o.colour} {square_of(o)}" for o in objects if o.kind == asked[2]}
+        assert where in same
+        there = {
+            f"{o.colour} {square_of(o)}" for o in objects if (o.colour, o.kind) == asked.groups()
+        }
+        assert (where in there) == bool(there) == (answer == "yes")
+        said[answer] += 1
+    assert 0.4 < said["yes"] / said.total() < 0.6
 
 
 def test_scene_sources_mix_and_refuse_what_they_cannot_ask() -> None:
